@@ -1,0 +1,210 @@
+// SPDX-License-Identifier: MIT OR Apache-2.0
+
+//! The guest's end: reads requests, runs commands, reports what they print.
+
+use std::collections::HashMap;
+use std::io::{self, BufRead, BufReader, Read, Write};
+use std::os::unix::process::{CommandExt, ExitStatusExt};
+use std::process::{Child, Command, Stdio};
+use std::sync::mpsc::{self, Receiver, Sender};
+use std::sync::{Arc, Mutex, PoisonError};
+use std::thread;
+use std::time::Duration;
+
+use rustix::process::{Pid, Signal, kill_process_group};
+
+use crate::{Event, Request};
+
+/// How long output is still read after the command's end, when a child of it keeps the pipe open.
+const OUTPUT_GRACE: Duration = Duration::from_millis(200);
+
+type Groups = Arc<Mutex<HashMap<u64, Pid>>>;
+
+/// Serve requests from `input` until it ends, events go to `output`.
+///
+/// # Errors
+///
+/// An I/O error of `input`. A line that is not a request is answered on standard error of the agent and skipped.
+pub fn serve(input: impl Read, mut output: impl Write + Send + 'static) -> io::Result<()> {
+    let (events, to_write) = mpsc::channel::<Event>();
+    thread::spawn(move || {
+        for event in to_write {
+            let mut line = serde_json::to_vec(&event).unwrap_or_default();
+            line.push(b'\n');
+            if output
+                .write_all(&line)
+                .and_then(|()| output.flush())
+                .is_err()
+            {
+                return;
+            }
+        }
+    });
+    let groups = Groups::default();
+    let mut input = BufReader::new(input);
+    let mut line = Vec::new();
+    loop {
+        line.clear();
+        if input.read_until(b'\n', &mut line)? == 0 {
+            return Ok(());
+        }
+        match serde_json::from_slice(&line) {
+            Ok(Request::Hello) => _ = events.send(Event::Ready),
+            Ok(Request::Run { id, command }) => run(id, &command, &events, &groups),
+            Ok(Request::Kill { id }) => {
+                let group = groups
+                    .lock()
+                    .unwrap_or_else(PoisonError::into_inner)
+                    .get(&id)
+                    .copied();
+                if let Some(group) = group {
+                    // The group may have ended just now: then there is nothing left to kill.
+                    _ = kill_process_group(group, Signal::KILL);
+                }
+            }
+            Err(error) => eprintln!("guest-agent: not a request: {error}"),
+        }
+    }
+}
+
+fn run(id: u64, command: &str, events: &Sender<Event>, groups: &Groups) {
+    let child = Command::new("/bin/sh")
+        .args(["-c", command])
+        .stdin(Stdio::null())
+        .stdout(Stdio::piped())
+        .stderr(Stdio::piped())
+        .process_group(0)
+        .spawn();
+    match child {
+        Ok(child) => {
+            groups
+                .lock()
+                .unwrap_or_else(PoisonError::into_inner)
+                .insert(id, Pid::from_child(&child));
+            let (events, groups) = (events.clone(), groups.clone());
+            thread::spawn(move || attend(id, child, &events, &groups));
+        }
+        Err(error) => {
+            let text = format!("guest-agent: cannot start /bin/sh: {error}\n");
+            _ = events.send(Event::Stderr { id, text });
+            _ = events.send(Event::Exit { id, status: 127 });
+        }
+    }
+}
+
+/// Forwards a command's output and reports its end.
+fn attend(id: u64, mut child: Child, events: &Sender<Event>, groups: &Groups) {
+    let (pieces, output) = mpsc::channel();
+    if let Some(stdout) = child.stdout.take() {
+        forward(stdout, pieces.clone(), move |text| Event::Stdout {
+            id,
+            text,
+        });
+    }
+    if let Some(stderr) = child.stderr.take() {
+        forward(stderr, pieces.clone(), move |text| Event::Stderr {
+            id,
+            text,
+        });
+    }
+    drop(pieces);
+
+    let (ended, end) = mpsc::channel();
+    let waiter = thread::spawn(move || {
+        let status = child.wait();
+        _ = ended.send(());
+        status
+    });
+    // Until both pipes are closed, or, when a background process holds them, until the command has ended.
+    pump(&output, &end, events);
+    let status = match waiter.join() {
+        Ok(Ok(status)) => status
+            .code()
+            .unwrap_or_else(|| 128 + status.signal().unwrap_or(0)),
+        _ => 127,
+    };
+    groups
+        .lock()
+        .unwrap_or_else(PoisonError::into_inner)
+        .remove(&id);
+    _ = events.send(Event::Exit { id, status });
+}
+
+fn pump(output: &Receiver<Event>, end: &Receiver<()>, events: &Sender<Event>) {
+    let mut ended = false;
+    loop {
+        match output.recv_timeout(OUTPUT_GRACE) {
+            Ok(event) => _ = events.send(event),
+            Err(mpsc::RecvTimeoutError::Disconnected) => return,
+            Err(mpsc::RecvTimeoutError::Timeout) if ended => return,
+            Err(mpsc::RecvTimeoutError::Timeout) => {}
+        }
+        ended |= end.try_recv().is_ok();
+    }
+}
+
+fn forward(
+    mut pipe: impl Read + Send + 'static,
+    pieces: Sender<Event>,
+    event: impl Fn(String) -> Event + Send + 'static,
+) {
+    thread::spawn(move || {
+        let mut buffer = [0; 4096];
+        let mut pending = Vec::new();
+        loop {
+            let count = match pipe.read(&mut buffer) {
+                Ok(0) | Err(_) => break,
+                Ok(count) => count,
+            };
+            pending.extend_from_slice(&buffer[..count]);
+            let text = take_text(&mut pending);
+            if !text.is_empty() && pieces.send(event(text)).is_err() {
+                return;
+            }
+        }
+        if !pending.is_empty() {
+            _ = pieces.send(event(String::from_utf8_lossy(&pending).into_owned()));
+        }
+    });
+}
+
+/// Takes all whole characters out of `bytes`; a character cut at the end stays for the next piece.
+fn take_text(bytes: &mut Vec<u8>) -> String {
+    let cut = match std::str::from_utf8(bytes) {
+        Err(error) if error.error_len().is_none() => error.valid_up_to(),
+        Err(error) => {
+            // Broken bytes are replaced; only a tail that can still become a character waits.
+            let tail = bytes[error.valid_up_to()..].len().min(3);
+            let from = bytes.len() - tail;
+            (from..bytes.len())
+                .find(|&at| matches!(std::str::from_utf8(&bytes[at..]), Err(e) if e.valid_up_to() == 0 && e.error_len().is_none()))
+                .unwrap_or(bytes.len())
+        }
+        Ok(_) => bytes.len(),
+    };
+    let rest = bytes.split_off(cut);
+    let text = String::from_utf8_lossy(bytes).into_owned();
+    *bytes = rest;
+    text
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn text_waits_for_a_character_that_is_cut() {
+        let mut bytes = "aé".as_bytes()[..2].to_vec();
+        assert_eq!(take_text(&mut bytes), "a");
+        bytes.push(0xa9);
+        assert_eq!(take_text(&mut bytes), "é");
+        assert!(bytes.is_empty());
+    }
+
+    #[test]
+    fn broken_bytes_are_replaced_and_a_cut_tail_still_waits() {
+        let mut bytes = b"\xffab\xe2\x82".to_vec();
+        assert_eq!(take_text(&mut bytes), "\u{fffd}ab");
+        assert_eq!(bytes, b"\xe2\x82");
+    }
+}

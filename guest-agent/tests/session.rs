@@ -1,0 +1,108 @@
+// SPDX-License-Identifier: MIT OR Apache-2.0
+
+//! Client and agent against each other over a socket pair, with real commands.
+
+use std::os::unix::net::UnixStream;
+use std::thread;
+use std::time::Duration;
+
+use guest_agent::{AgentError, Client, serve};
+
+const SOON: Duration = Duration::from_secs(20);
+
+fn session() -> Client {
+    let (host, guest) = UnixStream::pair().expect("socket pair");
+    let output = guest.try_clone().expect("clone");
+    thread::spawn(move || serve(guest, output));
+    let client = Client::new(host).expect("client");
+    client.wait_ready(SOON).expect("ready");
+    client
+}
+
+#[test]
+fn output_and_status_arrive_apart() {
+    let output = session()
+        .run("echo out; echo err >&2; exit 7", SOON)
+        .expect("run");
+    assert_eq!(
+        (
+            output.status,
+            output.stdout.as_str(),
+            output.stderr.as_str()
+        ),
+        (7, "out\n", "err\n")
+    );
+}
+
+#[test]
+fn commands_overlap() {
+    let client = session();
+    let slow = client.spawn("while :; do sleep 0.05; done").expect("spawn");
+    assert_eq!(
+        client.run("echo quick", SOON).expect("run").stdout,
+        "quick\n"
+    );
+    slow.kill().expect("kill");
+    assert_eq!(slow.wait(SOON).expect("wait").status, 128 + 9);
+}
+
+#[test]
+fn large_output_is_whole() {
+    let output = session().run("seq 1 20000", SOON).expect("run");
+    let expected: String = (1..=20_000).map(|n| format!("{n}\n")).collect();
+    assert!(
+        output.stdout == expected,
+        "got {} bytes of {}",
+        output.stdout.len(),
+        expected.len()
+    );
+}
+
+#[test]
+fn a_background_process_does_not_hold_the_end_back() {
+    let output = session()
+        .run("sleep 300 & echo started", SOON)
+        .expect("run");
+    assert_eq!((output.status, output.stdout.as_str()), (0, "started\n"));
+}
+
+#[test]
+fn a_command_that_takes_too_long_is_killed_and_named() {
+    let client = session();
+    let error = client
+        .run("echo begun; sleep 300", Duration::from_millis(500))
+        .expect_err("timeout");
+    match error {
+        AgentError::Timeout {
+            command, output, ..
+        } => {
+            assert!(command.contains("sleep 300"));
+            assert_eq!(output.stdout, "begun\n");
+        }
+        other => panic!("{other}"),
+    }
+    assert_eq!(
+        client.run("echo alive", SOON).expect("run").stdout,
+        "alive\n"
+    );
+}
+
+#[test]
+fn noise_before_and_between_lines_is_skipped() {
+    let (host, guest) = UnixStream::pair().expect("socket pair");
+    let mut noisy = guest.try_clone().expect("clone");
+    std::io::Write::write_all(&mut noisy, b"\0\xffSeaBIOS\n{}\n").expect("noise");
+    thread::spawn(move || serve(guest, noisy));
+    let client = Client::new(host).expect("client");
+    client.wait_ready(SOON).expect("ready");
+    assert_eq!(client.run("true", SOON).expect("run").status, 0);
+}
+
+#[test]
+fn the_guests_end_is_an_error_not_a_hang() {
+    let (host, guest) = UnixStream::pair().expect("socket pair");
+    let client = Client::new(host).expect("client");
+    let running = client.spawn("true").expect("spawn");
+    drop(guest);
+    assert!(matches!(running.wait(SOON), Err(AgentError::Closed(_))));
+}
