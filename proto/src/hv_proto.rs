@@ -1,6 +1,39 @@
 // SPDX-License-Identifier: GPL-2.0 OR MIT
 
 //! Everything that crosses the Hyper-V VMBus, for both of its sides.
+//!
+//! The guest's kernel modules and the host harness are built from these same files: message
+//! layouts, parsers, the packet ring, and the state machines of connection, channel and device.
+//!
+//! # What it may use
+//!
+//! `core`, `zerocopy` and `bitflags`; nothing else. There is no `std`, no allocation, no I/O, no
+//! lock and no `unsafe` here. Kbuild compiles the crate with the kernel's own compiler (rustc
+//! 1.85, edition 2021), cargo with the host's.
+//!
+//! # What the code holds to
+//!
+//! The peer is never trusted. Copy out of shared memory first, then validate the copy, then use
+//! it. A panic in a kernel module stops the guest, so a number from the peer only reaches
+//! arithmetic that is checked and lookups that can fail. Unknown numbers are data, not errors.
+//!
+//! # Where the facts come from
+//!
+//! TLFS is Microsoft's "Hypervisor Top-Level Functional Specification". Where it is silent (it
+//! does not describe VMBus), the headers of Linux 7.3 are named.
 
 #![cfg_attr(not(any(test, CONFIG_RUST)), no_std)]
 #![forbid(unsafe_code)]
+
+#[macro_use]
+mod open_enum;
+
+#[cfg(any(test, feature = "test-support"))]
+pub mod flat_ring;
+pub mod packet;
+pub mod ring;
+
+/// Size of one page of the bus, in bytes: GPADLs, rings, SynIC and monitor pages all count in it.
+///
+/// Source: TLFS section 1.5 ("guest physical address space" in pages of 4 KB), `HV_HYP_PAGE_SIZE`.
+pub const PAGE_SIZE: usize = 4096;
