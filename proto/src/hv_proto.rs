@@ -30,8 +30,16 @@ mod open_enum;
 
 #[cfg(any(test, feature = "test-support"))]
 pub mod flat_ring;
+pub mod gpadl;
+pub mod guid;
+pub mod hypercall;
+pub mod ids;
+pub mod message;
+pub mod monitor;
 pub mod packet;
 pub mod ring;
+pub mod synic;
+pub mod version;
 
 /// Size of one page of the bus, in bytes: GPADLs, rings, SynIC and monitor pages all count in it.
 ///
