@@ -35,7 +35,9 @@ use crate::version::Version;
 use bitflags::bitflags;
 use core::fmt;
 use zerocopy::little_endian::{U16, U32, U64};
-use zerocopy::{FromBytes, FromZeros, Immutable, IntoBytes, KnownLayout, Unaligned};
+use zerocopy::{FromBytes as _, FromZeros, IntoBytes as _};
+// The traits of the same names are written with their path: zerocopy exports the derives beside
+// them when another crate turns its feature "derive" on, and would clash with these.
 use zerocopy_derive::{FromBytes, Immutable, IntoBytes, KnownLayout, Unaligned};
 
 /// Most bytes of a message, header and all.
@@ -56,7 +58,7 @@ const _: () = assert!(GPADL_HEADER_PFNS == 26 && GPADL_BODY_PFNS == 28);
 ///
 /// `None` if there are too few bytes.
 #[inline]
-pub fn read_prefix<T: FromBytes>(bytes: &[u8]) -> Option<T> {
+pub fn read_prefix<T: zerocopy::FromBytes>(bytes: &[u8]) -> Option<T> {
     T::read_from_prefix(bytes).ok().map(|(value, _)| value)
 }
 
@@ -64,7 +66,7 @@ pub fn read_prefix<T: FromBytes>(bytes: &[u8]) -> Option<T> {
 ///
 /// `None` if there are too few bytes.
 #[inline]
-pub fn split_prefix<T: FromBytes>(bytes: &[u8]) -> Option<(T, &[u8])> {
+pub fn split_prefix<T: zerocopy::FromBytes>(bytes: &[u8]) -> Option<(T, &[u8])> {
     T::read_from_prefix(bytes).ok()
 }
 
@@ -110,7 +112,13 @@ impl Since {
 
 /// The body of a message.
 pub trait Message:
-    FromBytes + IntoBytes + Immutable + KnownLayout + Unaligned + Copy + fmt::Debug
+    zerocopy::FromBytes
+    + zerocopy::IntoBytes
+    + zerocopy::Immutable
+    + zerocopy::KnownLayout
+    + zerocopy::Unaligned
+    + Copy
+    + fmt::Debug
 {
     /// Its number.
     const TYPE: MessageType;

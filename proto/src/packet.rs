@@ -16,7 +16,7 @@
 use bitflags::bitflags;
 use core::fmt;
 use zerocopy::little_endian::{U16, U32, U64};
-use zerocopy::FromBytes;
+use zerocopy::FromBytes as _;
 use zerocopy_derive::{FromBytes, Immutable, IntoBytes, KnownLayout, Unaligned};
 
 /// Size of a page of guest memory as the hypervisor counts it, in bytes. PFNs on the wire are in this unit.
