@@ -54,6 +54,12 @@ pub const GPADL_BODY_PFNS: usize = (MAX_MESSAGE_SIZE - HEADER_SIZE - 8) / 8;
 
 const _: () = assert!(GPADL_HEADER_PFNS == 26 && GPADL_BODY_PFNS == 28);
 
+/// `status` of an answer: done.
+pub const STATUS_SUCCESS: u32 = 0;
+/// `status` of an answer: not done, for no reason that has its own number
+/// (`STATUS_UNSUCCESSFUL` of NTSTATUS).
+pub const STATUS_UNSUCCESSFUL: u32 = 0xc000_0001;
+
 /// Copies a `T` out of the start of `bytes`. What follows it is left alone.
 ///
 /// `None` if there are too few bytes.
