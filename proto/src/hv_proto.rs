@@ -38,6 +38,7 @@ pub mod message;
 pub mod monitor;
 pub mod packet;
 pub mod ring;
+pub mod scsi;
 pub mod server;
 pub mod synic;
 pub mod version;
