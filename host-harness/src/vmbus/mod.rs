@@ -1,3 +1,37 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
 
 //! The VMBus server: connection, offers, channels, GPADLs and rings.
+//!
+//! [`Server`] speaks the protocol with the guest. A device is a [`Vsp`] that is offered with
+//! [`Server::offer`]; when the guest opens one of its channels, the VSP gets a [`HostChannel`] to
+//! read and write packets. Message layouts, the ring's algorithm and packet parsing are those of
+//! `hv_proto`, which the guest's drivers use too.
+//!
+//! The server uses the hypervisor only through [`crate::hypervisor::SynicPort`], and guest memory
+//! only through `vm-memory`. The guest is not trusted: whatever it does, at worst its own channel
+//! is closed.
+
+mod channel;
+mod counters;
+mod device;
+mod gpa;
+mod gpadl;
+mod monitor;
+mod ring;
+mod server;
+mod trace;
+mod vsp;
+
+pub use channel::{
+    ChannelError, ChannelReader, ChannelWriter, GpadlError, GpadlView, HostChannel, SEND_TIMEOUT,
+    Waker,
+};
+pub use counters::{CounterSnapshot, Counters};
+pub use gpa::{GpaError, GuestBuffer, GuestMem, GuestSlice, PAGE_SIZE};
+pub use gpadl::{MAX_PAGES, MAX_PER_CHANNEL};
+pub use server::{
+    ChannelState, ChannelStatus, DeviceHandle, OfferError, OfferHandle, Server, ServerConfig,
+    Status,
+};
+pub use trace::{Direction, Trace};
+pub use vsp::{OfferParams, OpenError, OpenParams, Vsp};
