@@ -28,6 +28,7 @@
 #[macro_use]
 mod open_enum;
 
+pub mod client;
 #[cfg(any(test, feature = "test-support"))]
 pub mod flat_ring;
 pub mod gpadl;
@@ -40,6 +41,7 @@ pub mod packet;
 pub mod ring;
 pub mod scsi;
 pub mod server;
+pub mod storage;
 pub mod synic;
 pub mod version;
 

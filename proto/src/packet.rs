@@ -2,16 +2,19 @@
 
 //! Packets of a VMBus ring: the descriptor, and what follows it for each kind of packet.
 //!
-//! A packet starts with a 16-byte [`Descriptor`]. Between the descriptor and the payload a packet may carry a
-//! header of its kind: the list of guest memory ranges of a GPA-direct packet ([`GpaDirect`]), or the list of
-//! sections of a transfer-page packet ([`TransferPages`]). Descriptor, header and payload are each a multiple of
-//! 8 bytes; the payload is padded, and its exact length, where it matters, is part of the protocol inside.
+//! A packet starts with a 16-byte [`Descriptor`]. Between the descriptor and the payload a packet
+//! may carry a header of its kind: the list of guest memory ranges of a GPA-direct packet
+//! ([`GpaDirect`]), or the list of sections of a transfer-page packet ([`TransferPages`]).
+//! Descriptor, header and payload are each a multiple of 8 bytes; the payload is padded, and its
+//! exact length, where it matters, is part of the protocol inside.
 //!
-//! Everything here works on a private copy of a packet ([`crate::ring::Consumer::read`] makes it), checks every
-//! length and count once, when it is parsed, and never panics. Uses `core`, `zerocopy` and `bitflags` only.
+//! Everything here works on a private copy of a packet ([`crate::ring::Consumer::read`] makes it),
+//! checks every length and count once, when it is parsed, and never panics. Uses `core`, `zerocopy`
+//! and `bitflags` only.
 //!
-//! Source of layouts and numbers: `include/linux/hyperv.h` of the kernel (`struct vmpacket_descriptor`,
-//! `struct vmdata_gpa_direct`, `struct vmtransfer_page_packet_header`, `enum vmbus_packet_type`).
+//! Source of layouts and numbers: `include/linux/hyperv.h` of the kernel (`struct
+//! vmpacket_descriptor`, `struct vmdata_gpa_direct`, `struct vmtransfer_page_packet_header`, `enum
+//! vmbus_packet_type`).
 
 use bitflags::bitflags;
 use core::fmt;
@@ -19,7 +22,8 @@ use zerocopy::little_endian::{U16, U32, U64};
 use zerocopy::FromBytes as _;
 use zerocopy_derive::{FromBytes, Immutable, IntoBytes, KnownLayout, Unaligned};
 
-/// Size of a page of guest memory as the hypervisor counts it, in bytes. PFNs on the wire are in this unit.
+/// Size of a page of guest memory as the hypervisor counts it, in bytes. PFNs on the wire are in
+/// this unit.
 pub const PAGE_SIZE: u32 = 4096;
 
 /// Size of the packet descriptor, in bytes.
@@ -34,11 +38,13 @@ pub const MAX_PACKET_SIZE: u32 = 8 * u16::MAX as u32;
 /// The first page frame number whose address does not fit 64 bits.
 const PFN_LIMIT: u64 = 1 << 52;
 
-/// Size of the fixed part of a GPA-direct or transfer-page header, and of a range without its PFNs, in bytes.
+/// Size of the fixed part of a GPA-direct or transfer-page header, and of a range without its PFNs,
+/// in bytes.
 const RANGE_PREFIX_SIZE: usize = 8;
 
 open_enum! {
-    /// Kind of a packet (`enum vmbus_packet_type`). Kinds without a use in today's protocols are left out.
+    /// Kind of a packet (`enum vmbus_packet_type`). Kinds without a use in today's protocols are
+    /// left out.
     pub struct PacketType: u16 {
         /// Payload only.
         IN_BAND = 6,
@@ -108,7 +114,8 @@ impl Descriptor {
         u32::from(self.offset8.get()) << 3
     }
 
-    /// Checks that the lengths hold together, and that the packet with its trailer fits in `available` bytes.
+    /// Checks that the lengths hold together, and that the packet with its trailer fits in
+    /// `available` bytes.
     ///
     /// # Errors
     /// [`PacketError::Length`] or [`PacketError::PayloadOffset`].
@@ -129,7 +136,8 @@ impl Descriptor {
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[non_exhaustive]
 pub enum PacketError {
-    /// The packet is shorter than a descriptor, or, with its trailer, longer than the bytes that are there.
+    /// The packet is shorter than a descriptor, or, with its trailer, longer than the bytes that
+    /// are there.
     Length {
         /// The length that the descriptor tells, in bytes.
         len: u32,
@@ -249,7 +257,8 @@ impl<'a> Packet<'a> {
     /// Views `bytes`, which start with the descriptor and do not contain the trailer.
     ///
     /// # Errors
-    /// [`PacketError::Length`] or [`PacketError::PayloadOffset`] if the descriptor does not fit `bytes`.
+    /// [`PacketError::Length`] or [`PacketError::PayloadOffset`] if the descriptor does not fit
+    /// `bytes`.
     pub fn parse(bytes: &'a [u8]) -> Result<Self, PacketError> {
         let available = u32::try_from(bytes.len()).unwrap_or(u32::MAX);
         let short = |len| PacketError::Length { len, available };
@@ -314,7 +323,8 @@ impl<'a> Packet<'a> {
     /// The sections of a transfer-page packet.
     ///
     /// # Errors
-    /// [`PacketError::Type`] for another kind of packet, else what [`TransferPages::parse`] reports.
+    /// [`PacketError::Type`] for another kind of packet, else what [`TransferPages::parse`]
+    /// reports.
     pub fn transfer_pages(&self) -> Result<TransferPages<'a>, PacketError> {
         match self.packet_type() {
             PacketType::TRANSFER_PAGES => TransferPages::parse(self.header),
@@ -335,7 +345,8 @@ pub const fn pages_spanned(byte_offset: u32, byte_count: u32) -> u64 {
     (byte_offset as u64 + byte_count as u64).div_ceil(PAGE_SIZE as u64)
 }
 
-/// A range of guest memory to send: `byte_count` bytes that start `byte_offset` bytes into the first page.
+/// A range of guest memory to send: `byte_count` bytes that start `byte_offset` bytes into the
+/// first page.
 #[derive(Clone, Copy, Debug)]
 pub struct PageRange<'a> {
     /// Length in bytes.
@@ -365,7 +376,8 @@ pub(crate) struct GpaRangePrefix {
 const _: () = assert!(size_of::<GpaDirectPrefix>() == RANGE_PREFIX_SIZE);
 const _: () = assert!(size_of::<GpaRangePrefix>() == RANGE_PREFIX_SIZE);
 
-/// Bytes of the header of a GPA-direct packet with `ranges` ranges that have `pages` pages in total.
+/// Bytes of the header of a GPA-direct packet with `ranges` ranges that have `pages` pages in
+/// total.
 ///
 /// `None` if no packet is large enough for that.
 pub(crate) fn gpa_direct_header_size(ranges: usize, pages: u64) -> Option<usize> {
@@ -389,8 +401,9 @@ impl<'a> GpaDirect<'a> {
     ///
     /// # Errors
     /// [`PacketError::RangeCount`] if there is no range or more than `max_ranges`,
-    /// [`PacketError::HeaderTooShort`] if the ranges do not fit the header, [`PacketError::RangeOffset`] if a
-    /// range starts outside of its first page, [`PacketError::Pfn`] if a page has no address.
+    /// [`PacketError::HeaderTooShort`] if the ranges do not fit the header,
+    /// [`PacketError::RangeOffset`] if a range starts outside of its first page,
+    /// [`PacketError::Pfn`] if a page has no address.
     pub fn parse(header: &'a [u8], max_ranges: u32) -> Result<Self, PacketError> {
         let (prefix, ranges) =
             GpaDirectPrefix::read_from_prefix(header).map_err(|_| PacketError::HeaderTooShort)?;
@@ -543,7 +556,8 @@ pub struct TransferPageRange {
 const _: () = assert!(size_of::<TransferPagesPrefix>() == RANGE_PREFIX_SIZE);
 const _: () = assert!(size_of::<TransferPageRange>() == 8);
 
-/// The sections that a transfer-page packet names; the count is checked, and no section wraps around.
+/// The sections that a transfer-page packet names; the count is checked, and no section wraps
+/// around.
 #[derive(Clone, Copy, Debug)]
 pub struct TransferPages<'a> {
     prefix: TransferPagesPrefix,
@@ -553,11 +567,12 @@ pub struct TransferPages<'a> {
 impl<'a> TransferPages<'a> {
     /// Parses the header of a transfer-page packet: what is between its descriptor and its payload.
     ///
-    /// Whether the sections are inside of the shared buffer is for the caller to check, who knows its size.
+    /// Whether the sections are inside of the shared buffer is for the caller to check, who knows
+    /// its size.
     ///
     /// # Errors
-    /// [`PacketError::HeaderTooShort`] if the sections do not fit the header, [`PacketError::SectionOverflow`]
-    /// if a section ends after 4 GiB.
+    /// [`PacketError::HeaderTooShort`] if the sections do not fit the header,
+    /// [`PacketError::SectionOverflow`] if a section ends after 4 GiB.
     pub fn parse(header: &'a [u8]) -> Result<Self, PacketError> {
         let too_short = PacketError::HeaderTooShort;
         let (prefix, rest) =

@@ -2,28 +2,31 @@
 
 //! The packet ring: one direction of a VMBus channel, for both of its ends.
 //!
-//! A ring is one control page followed by a data area of whole pages. Exactly one side writes packets
-//! ([`Producer`]) and exactly one side reads them ([`Consumer`]). The control page holds, as 32-bit little-endian
-//! words, the two indices (byte offsets into the data area), the reader's interrupt mask, the writer's
-//! pending-send size and a feature word; [`Field`] names them. In the data area a packet is a 16-byte
-//! descriptor, a header and a payload that fill whole multiples of 8 bytes, and an 8-byte trailer.
+//! A ring is one control page followed by a data area of whole pages. Exactly one side writes
+//! packets ([`Producer`]) and exactly one side reads them ([`Consumer`]). The control page holds,
+//! as 32-bit little-endian words, the two indices (byte offsets into the data area), the reader's
+//! interrupt mask, the writer's pending-send size and a feature word; [`Field`] names them. In the
+//! data area a packet is a 16-byte descriptor, a header and a payload that fill whole multiples of
+//! 8 bytes, and an 8-byte trailer.
 //!
-//! The peer may be hostile, whichever end this is. Each end keeps its own index privately and never reads it
-//! back. The index of the peer is checked each time it is read. A packet is copied out of shared memory once,
-//! and only the copy is looked at. Nothing here panics, waits or allocates, whatever the memory holds.
+//! The peer may be hostile, whichever end this is. Each end keeps its own index privately and never
+//! reads it back. The index of the peer is checked each time it is read. A packet is copied out of
+//! shared memory once, and only the copy is looked at. Nothing here panics, waits or allocates,
+//! whatever the memory holds.
 //!
 //! # Signals
 //!
-//! The writer signals the reader when the ring goes from empty to non-empty and the reader has not masked
-//! interrupts. A writer that finds the ring full may store how much room it needs as pending-send size; the
-//! reader signals once when the free space crosses that size. In both directions one side stores a word and then
-//! loads another one, while the peer does the same the other way round. So each side needs a full barrier between
-//! its store and its load; without it each can miss the store of the other, and both sleep.
+//! The writer signals the reader when the ring goes from empty to non-empty and the reader has not
+//! masked interrupts. A writer that finds the ring full may store how much room it needs as
+//! pending-send size; the reader signals once when the free space crosses that size. In both
+//! directions one side stores a word and then loads another one, while the peer does the same the
+//! other way round. So each side needs a full barrier between its store and its load; without it
+//! each can miss the store of the other, and both sleep.
 //!
 //! # Sources
 //!
-//! The layout is `struct hv_ring_buffer` in the kernel's `include/linux/hyperv.h`; the order of the accesses is
-//! discussed in its `drivers/hv/ring_buffer.c`. Uses [`crate::packet`] only.
+//! The layout is `struct hv_ring_buffer` in the kernel's `include/linux/hyperv.h`; the order of the
+//! accesses is discussed in its `drivers/hv/ring_buffer.c`. Uses [`crate::packet`] only.
 
 use crate::packet::{
     gpa_direct_header_size, pages_spanned, Descriptor, GpaDirectPrefix, GpaRangePrefix, Header,
@@ -38,8 +41,9 @@ pub const CONTROL_SIZE: u32 = PAGE_SIZE;
 
 /// Bit of [`Field::FeatureBits`]: pending-send sizes are used.
 ///
-/// The bit is a promise of the writer of the ring: it sets a pending-send size when it waits for room in this
-/// ring, and as reader of the channel's other ring it obeys the pending-send size there.
+/// The bit is a promise of the writer of the ring: it sets a pending-send size when it waits for
+/// room in this ring, and as reader of the channel's other ring it obeys the pending-send size
+/// there.
 pub const FEATURE_PENDING_SEND_SIZE: u32 = 1;
 
 /// The largest data area, in bytes. A GPADL cannot describe 32 MiB, so every real ring is smaller.
@@ -90,8 +94,8 @@ impl Field {
 
 /// The shared memory of a ring.
 ///
-/// The peer may change any of it at any time, also against the rules. An implementation must make that
-/// harmless: control words are accessed atomically, and data is only copied in and out.
+/// The peer may change any of it at any time, also against the rules. An implementation must make
+/// that harmless: control words are accessed atomically, and data is only copied in and out.
 pub trait RingMem {
     /// Size of the data area in bytes: a multiple of 4096 in all real rings. It must not change.
     fn data_len(&self) -> u32;
@@ -105,12 +109,12 @@ pub trait RingMem {
     /// A full barrier between earlier and later accesses (`smp_mb()`, `fence(SeqCst)`).
     fn fence(&self);
 
-    /// Copies data from `offset` (less than `data_len`) to `buf`, which is not longer than the data area; at the
-    /// end of the data area, the copy continues at its start.
+    /// Copies data from `offset` (less than `data_len`) to `buf`, which is not longer than the data
+    /// area; at the end of the data area, the copy continues at its start.
     fn read_at(&self, offset: u32, buf: &mut [u8]);
 
-    /// Copies `buf`, which is not longer than the data area, to the data at `offset` (less than `data_len`); at
-    /// the end of the data area, the copy continues at its start.
+    /// Copies `buf`, which is not longer than the data area, to the data at `offset` (less than
+    /// `data_len`); at the end of the data area, the copy continues at its start.
     fn write_at(&self, offset: u32, buf: &[u8]);
 }
 
@@ -135,7 +139,8 @@ impl<M: RingMem + ?Sized> RingMem for &M {
     }
 }
 
-/// The shared memory holds something that a correct peer never stores. The channel is beyond repair.
+/// The shared memory holds something that a correct peer never stores. The channel is beyond
+/// repair.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[non_exhaustive]
 pub enum Corrupt {
@@ -173,7 +178,8 @@ pub enum WriteError {
     },
     /// The packet can never be sent on this ring.
     TooLarge,
-    /// The parts do not have the lengths that were announced, or a header is not a multiple of 8 bytes long.
+    /// The parts do not have the lengths that were announced, or a header is not a multiple of 8
+    /// bytes long.
     WrongLength,
     /// The peer has damaged the ring.
     Corrupt(Corrupt),
@@ -230,8 +236,8 @@ impl From<Corrupt> for ReadError {
 
 /// Whether the peer must be signalled after an operation.
 ///
-/// Both ways of being wrong hurt: a missed signal can stop the channel for ever, and Hyper-V slows down guests
-/// that signal without need.
+/// Both ways of being wrong hurt: a missed signal can stop the channel for ever, and Hyper-V slows
+/// down guests that signal without need.
 #[must_use = "a missed signal can stop the channel"]
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Signal {
@@ -258,7 +264,8 @@ impl Signal {
 
 /// Makes a ring empty: indices, mask and pending-send size zero, feature bit set.
 ///
-/// The guest does this with both rings before it offers them to the host, which may look at them afterwards only.
+/// The guest does this with both rings before it offers them to the host, which may look at them
+/// afterwards only.
 pub fn initialize<M: RingMem>(mem: &M) {
     for field in Field::ALL {
         let value = match field {
@@ -309,7 +316,8 @@ impl Snapshot {
 /// Arithmetic of offsets in a data area.
 #[derive(Clone, Copy, Debug)]
 struct Geometry {
-    /// Size of the data area: a multiple of 8, at least room for one empty packet, at most [`MAX_DATA_LEN`].
+    /// Size of the data area: a multiple of 8, at least room for one empty packet, at most
+    /// [`MAX_DATA_LEN`].
     len: u32,
 }
 
@@ -406,7 +414,8 @@ impl<M: RingMem> Producer<M> {
         self.geometry.len
     }
 
-    /// Free bytes now. A packet needs one byte less than that, with descriptor, padding and trailer.
+    /// Free bytes now. A packet needs one byte less than that, with descriptor, padding and
+    /// trailer.
     ///
     /// # Errors
     /// [`Corrupt::ReadIndex`] if the peer stored an impossible one.
@@ -427,7 +436,8 @@ impl<M: RingMem> Producer<M> {
     /// Writes a packet with `extension` between descriptor and payload, both given in parts.
     ///
     /// # Errors
-    /// [`WriteError`]; nothing was written. The extension must be a multiple of 8 bytes long in total.
+    /// [`WriteError`]; nothing was written. The extension must be a multiple of 8 bytes long in
+    /// total.
     pub fn write_parts(
         &mut self,
         header: Header,
@@ -441,14 +451,14 @@ impl<M: RingMem> Producer<M> {
         reservation.commit()
     }
 
-    /// Writes a GPA-direct packet with one range: `byte_count` bytes of guest memory that start `byte_offset`
-    /// bytes into the first of the pages `pfns`.
+    /// Writes a GPA-direct packet with one range: `byte_count` bytes of guest memory that start
+    /// `byte_offset` bytes into the first of the pages `pfns`.
     ///
     /// The PFNs go straight into the ring, so they need not be in an array.
     ///
     /// # Errors
-    /// [`WriteError`]; nothing was written. [`WriteError::WrongLength`] if `pfns` does not have exactly
-    /// [`pages_spanned`] items, or `byte_offset` is not inside of a page.
+    /// [`WriteError`]; nothing was written. [`WriteError::WrongLength`] if `pfns` does not have
+    /// exactly [`pages_spanned`] items, or `byte_offset` is not inside of a page.
     pub fn write_gpa_direct(
         &mut self,
         header: Header,
@@ -508,8 +518,9 @@ impl<M: RingMem> Producer<M> {
         Ok(reservation)
     }
 
-    /// Starts a packet with `extension_len` bytes between descriptor and payload and `payload_len` bytes of
-    /// payload, to be filled in order with [`Reservation::put`] and then sent with [`Reservation::commit`].
+    /// Starts a packet with `extension_len` bytes between descriptor and payload and `payload_len`
+    /// bytes of payload, to be filled in order with [`Reservation::put`] and then sent with
+    /// [`Reservation::commit`].
     ///
     /// A reservation that is dropped leaves no trace.
     ///
@@ -561,11 +572,13 @@ impl<M: RingMem> Producer<M> {
         })
     }
 
-    /// Asks the reader for a signal when more than `needed` bytes are free, after [`WriteError::Full`].
+    /// Asks the reader for a signal when more than `needed` bytes are free, after
+    /// [`WriteError::Full`].
     ///
-    /// Returns true if there is room already, so that the packet should be written again now. Otherwise the
-    /// signal will come, if the reader obeys pending-send sizes ([`Consumer::peer_uses_pending_send_size`] of
-    /// the channel's other ring tells). A later write of this size or a larger one ends the wait by itself.
+    /// Returns true if there is room already, so that the packet should be written again now.
+    /// Otherwise the signal will come, if the reader obeys pending-send sizes
+    /// ([`Consumer::peer_uses_pending_send_size`] of the channel's other ring tells). A later write
+    /// of this size or a larger one ends the wait by itself.
     ///
     /// # Errors
     /// [`Corrupt::ReadIndex`] if the peer stored an impossible one.
@@ -573,8 +586,8 @@ impl<M: RingMem> Producer<M> {
         // More than that is never free.
         let needed = needed.min(self.geometry.len.wrapping_sub(1));
         self.set_pending(needed);
-        // The reader stores its index and then loads the pending-send size. With a barrier on both sides, either
-        // the reader sees our store, or we see its index now.
+        // The reader stores its index and then loads the pending-send size. With a barrier on both
+        // sides, either the reader sees our store, or we see its index now.
         self.mem.fence();
         let free = self.free_bytes()?;
         if free > needed {
@@ -610,16 +623,18 @@ impl<M: RingMem> Producer<M> {
         if self.pending != 0 && total >= self.pending {
             self.set_pending(0);
         }
-        // The reader clears its mask and then loads the write index. With a barrier on both sides, either the
-        // reader sees this packet, or we see that it does not mask.
+        // The reader clears its mask and then loads the write index. With a barrier on both sides,
+        // either the reader sees this packet, or we see that it does not mask.
         self.mem.fence();
-        // The mask must be loaded before the read index: a reader stores its index before it clears the mask.
+        // The mask must be loaded before the read index: a reader stores its index before it clears
+        // the mask.
         let masked = self.mem.load(Field::InterruptMask) != 0;
         Signal::when(!masked && self.mem.load(Field::ReadIndex) == old)
     }
 }
 
-/// `bytes`, a multiple of 8 that is at most [`MAX_PACKET_SIZE`], in the descriptor's units of 8 bytes.
+/// `bytes`, a multiple of 8 that is at most [`MAX_PACKET_SIZE`], in the descriptor's units of 8
+/// bytes.
 fn units(bytes: u32) -> U16 {
     U16::new(u16::try_from(bytes / ALIGN).unwrap_or(u16::MAX))
 }
@@ -661,8 +676,8 @@ impl<M: RingMem> Reservation<'_, M> {
     /// Appends a range of a GPA-direct packet: its lengths, and the PFNs of its pages.
     ///
     /// # Errors
-    /// [`WriteError::WrongLength`] if `pfns` does not have exactly [`pages_spanned`] items, `byte_offset` is
-    /// not inside of a page, or it is more than was reserved.
+    /// [`WriteError::WrongLength`] if `pfns` does not have exactly [`pages_spanned`] items,
+    /// `byte_offset` is not inside of a page, or it is more than was reserved.
     fn put_range(
         &mut self,
         byte_count: u32,
@@ -686,7 +701,8 @@ impl<M: RingMem> Reservation<'_, M> {
                 slot.set(pfn);
                 filled = filled.saturating_add(1);
             }
-            // A full chunk may have pulled exactly the last item; the next turn then has an empty one.
+            // A full chunk may have pulled exactly the last item; the next turn then has an empty
+            // one.
             let chunk = chunk.get(..filled).unwrap_or_default();
             pages = pages
                 .checked_sub(chunk.len() as u64)
@@ -748,8 +764,8 @@ pub struct Unmasked {
 
 /// The reading end of a ring.
 ///
-/// A reader that was woken by a signal masks, reads until there is nothing more, and unmasks; if that finds
-/// something, it starts again:
+/// A reader that was woken by a signal masks, reads until there is nothing more, and unmasks; if
+/// that finds something, it starts again:
 ///
 /// ```
 /// # use hv_proto::{packet::Packet, ring::{Consumer, ReadError, RingMem, Signal}};
@@ -857,7 +873,8 @@ impl<M: RingMem> Consumer<M> {
             self.oversized = total;
             return Err(too_large);
         };
-        // The peer could have changed the descriptor since, so the checked copy is what the packet gets.
+        // The peer could have changed the descriptor since, so the checked copy is what the packet
+        // gets.
         head.copy_from_slice(descriptor.as_bytes());
         if !body.is_empty() {
             let start = self.geometry.advance(self.read_index, DESCRIPTOR_SIZE);
@@ -870,7 +887,8 @@ impl<M: RingMem> Consumer<M> {
         Ok(Some(packet))
     }
 
-    /// Steps over the packet for which the last [`Consumer::read`] returned [`ReadError::TooLarge`].
+    /// Steps over the packet for which the last [`Consumer::read`] returned
+    /// [`ReadError::TooLarge`].
     ///
     /// Returns false if there is no such packet.
     pub fn skip(&mut self) -> bool {
@@ -882,8 +900,8 @@ impl<M: RingMem> Consumer<M> {
 
     /// Gives the space of the packets that were read back to the writer.
     ///
-    /// Doing this for several packets at once saves the writer's cache misses; a reader that works long should
-    /// do it now and then.
+    /// Doing this for several packets at once saves the writer's cache misses; a reader that works
+    /// long should do it now and then.
     pub fn commit(&mut self) -> Signal {
         let freed = self.geometry.distance(self.committed, self.read_index);
         if freed == 0 {
@@ -895,8 +913,8 @@ impl<M: RingMem> Consumer<M> {
         if !self.peer_uses_pending_send_size() {
             return Signal::NotNeeded;
         }
-        // The writer stores its pending-send size and then loads the read index. With a barrier on both sides,
-        // either the writer sees the space, or we see that it waits.
+        // The writer stores its pending-send size and then loads the read index. With a barrier on
+        // both sides, either the writer sees the space, or we see that it waits.
         self.mem.fence();
         let pending = self.mem.load(Field::PendingSendSize);
         if pending == 0 {
@@ -906,7 +924,8 @@ impl<M: RingMem> Consumer<M> {
         let Ok(used) = self.available_bytes() else {
             return Signal::NotNeeded;
         };
-        // Some writers wait for the whole ring; it is empty when all but one of its bytes count as free.
+        // Some writers wait for the whole ring; it is empty when all but one of its bytes count as
+        // free.
         let pending = pending.min(self.geometry.len.wrapping_sub(1));
         let free = self.geometry.len.saturating_sub(used);
         let free_before = free.saturating_sub(freed);
@@ -923,8 +942,8 @@ impl<M: RingMem> Consumer<M> {
     pub fn unmask(&mut self) -> Unmasked {
         let signal = self.commit();
         self.mem.store(Field::InterruptMask, 0);
-        // The writer stores its index and then loads the mask. With a barrier on both sides, either it sees that
-        // signals are wanted, or we see its packet.
+        // The writer stores its index and then loads the mask. With a barrier on both sides, either
+        // it sees that signals are wanted, or we see its packet.
         self.mem.fence();
         // A bad index counts as something to read, so that `read` reports it.
         let more = self.mem.load(Field::WriteIndex) != self.read_index;

@@ -2,9 +2,9 @@
 
 //! SCSI as it travels inside the storage protocol: operation codes, command blocks, status, sense.
 //!
-//! [`Command`] decodes the command blocks that a virtual disk serves, and encodes them for tests and
-//! tools; [`Sense`] parses and builds sense data in both of its formats. Nothing here knows VMBus.
-//! Numbers in command blocks and sense data are big-endian. Uses `core` only.
+//! [`Command`] decodes the command blocks that a virtual disk serves, and encodes them for tests
+//! and tools; [`Sense`] parses and builds sense data in both of its formats. Nothing here knows
+//! VMBus. Numbers in command blocks and sense data are big-endian. Uses `core` only.
 //!
 //! Sources: SPC-4 (INCITS 513) for status, sense data and the primary commands, SBC-3 (INCITS 514)
 //! for the block commands; the same numbers are in the kernel's `include/scsi/scsi_proto.h`.
@@ -458,7 +458,8 @@ pub enum Command {
         blocks: Blocks,
         /// Protection information; zero if none.
         protect: u8,
-        /// What is compared: 0 nothing (only read), 1 all blocks, 3 all blocks with one that is sent.
+        /// What is compared: 0 nothing (only read), 1 all blocks, 3 all blocks with one that is
+        /// sent.
         byte_check: u8,
     },
     /// WRITE SAME (10) or (16). A count of zero means all blocks up to the end of the unit.
@@ -599,7 +600,8 @@ impl Command {
             let byte = u8::try_from(cdb.len()).unwrap_or(u8::MAX);
             return Err(CdbError::InvalidField { byte });
         };
-        // The length is known now, so that `None` here stands for an operation code of another length.
+        // The length is known now, so that `None` here stands for an operation code of another
+        // length.
         Self::decode_fields(opcode, cdb).unwrap_or(Err(unknown))
     }
 
