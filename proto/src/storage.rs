@@ -20,7 +20,7 @@ use crate::scsi::{AdditionalSense, Opcode, ScsiStatus, Sense, SenseKey, MAX_CDB_
 use bitflags::bitflags;
 use core::fmt;
 use zerocopy::little_endian::{U16, U32, U64};
-use zerocopy::{FromBytes, FromZeros, IntoBytes};
+use zerocopy::{FromBytes as _, FromZeros, IntoBytes as _};
 use zerocopy_derive::{FromBytes, Immutable, IntoBytes, KnownLayout, Unaligned};
 
 /// Size of a storage packet since version 5.1, in bytes.
@@ -659,7 +659,7 @@ impl VstorPacket {
     }
 
     /// Reads the start of the body. All types that are used for it are smaller than the body.
-    fn read_body<T: FromBytes>(&self) -> T {
+    fn read_body<T: zerocopy::FromBytes>(&self) -> T {
         match T::read_from_prefix(&self.body) {
             Ok((value, _)) => value,
             Err(_) => T::new_zeroed(),
@@ -667,7 +667,7 @@ impl VstorPacket {
     }
 
     /// Overwrites the start of the body.
-    fn set_body<T: IntoBytes + zerocopy::Immutable>(&mut self, value: &T) {
+    fn set_body<T: zerocopy::IntoBytes + zerocopy::Immutable>(&mut self, value: &T) {
         for (to, from) in self.body.iter_mut().zip(value.as_bytes()) {
             *to = *from;
         }
