@@ -41,6 +41,7 @@ pub mod packet;
 pub mod ring;
 pub mod scsi;
 pub mod server;
+pub mod slots;
 pub mod storage;
 pub mod synic;
 pub mod version;
