@@ -617,12 +617,12 @@ impl<M: RingMem> Producer<M> {
     /// Makes `total` bytes from the write index on visible to the reader.
     fn publish(&mut self, total: u32) -> Signal {
         let old = self.write_index;
-        // INVARIANT: `advance` returns a valid index.
-        self.write_index = self.geometry.advance(old, total);
-        self.mem.store(Field::WriteIndex, self.write_index);
         if self.pending != 0 && total >= self.pending {
             self.set_pending(0);
         }
+        // INVARIANT: `advance` returns a valid index.
+        self.write_index = self.geometry.advance(old, total);
+        self.mem.store(Field::WriteIndex, self.write_index);
         // The reader clears its mask and then loads the write index. With a barrier on both sides,
         // either the reader sees this packet, or we see that it does not mask.
         self.mem.fence();
