@@ -425,3 +425,326 @@ impl GpadlAssembler {
         })
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::message::GuestMessage;
+    use crate::version::Version;
+    use proptest::prelude::*;
+
+    const CHANNEL: ChannelId = ChannelId::new(3);
+
+    fn pfn(page: u32) -> u64 {
+        0xabcd_0000_0000 + u64::from(page) * 7
+    }
+
+    fn messages(byte_count: u32, byte_offset: u32) -> Vec<MessageBuf> {
+        GpadlMessages::new(CHANNEL, GpadlId::FIRST, byte_count, byte_offset, pfn)
+            .unwrap()
+            .collect()
+    }
+
+    /// Runs messages through parser and assembler; the progress after the last one.
+    fn assemble_into(
+        messages: &[MessageBuf],
+        mut sink: impl FnMut(GpadlItem),
+    ) -> Result<Progress, GpadlError> {
+        let mut assembler = None;
+        let mut last = Err(GpadlError::NotExpected);
+        for message in messages {
+            last = match GuestMessage::parse(message, Some(Version::V5_3)).unwrap() {
+                GuestMessage::GpadlHeader(header, words) => {
+                    GpadlAssembler::start(&header, words, &mut sink).map(|(new, progress)| {
+                        assembler = Some(new);
+                        progress
+                    })
+                }
+                GuestMessage::GpadlBody(body, words) => {
+                    assembler.as_mut().unwrap().add(&body, words, &mut sink)
+                }
+                other => panic!("{other:?}"),
+            };
+            if last.is_err() {
+                break;
+            }
+        }
+        last
+    }
+
+    fn assemble(messages: &[MessageBuf]) -> (Result<Progress, GpadlError>, Vec<GpadlItem>) {
+        let mut items = Vec::new();
+        let last = assemble_into(messages, |item| items.push(item));
+        (last, items)
+    }
+
+    fn header(range_buf_len: u16, range_count: u16) -> GpadlHeader {
+        GpadlHeader {
+            channel_id: CHANNEL,
+            gpadl_id: GpadlId::FIRST,
+            range_buf_len: U16::new(range_buf_len),
+            range_count: U16::new(range_count),
+        }
+    }
+
+    fn range(byte_count: u32, byte_offset: u32) -> U64 {
+        U64::new(u64::from(byte_count) | u64::from(byte_offset) << 32)
+    }
+
+    fn start(header: &GpadlHeader, words: &[U64]) -> Result<Progress, GpadlError> {
+        GpadlAssembler::start(header, words, |_| ()).map(|(_, progress)| progress)
+    }
+
+    #[test]
+    fn every_size_makes_the_round_trip() {
+        for pages in 1..=MAX_PAGES {
+            let messages = messages(pages * 4096, 0);
+            let source = GpadlMessages::new(CHANNEL, GpadlId::FIRST, pages * 4096, 0, pfn).unwrap();
+            assert_eq!(source.message_count() as usize, messages.len());
+            assert_eq!(source.page_count(), pages);
+            let mut next = None;
+            let progress = assemble_into(&messages, |item| match (item, next) {
+                (GpadlItem::Pfn(got), Some(page)) if got == pfn(page) => next = Some(page + 1),
+                (GpadlItem::Range { byte_count, .. }, None) if byte_count == pages * 4096 => {
+                    next = Some(0);
+                }
+                _ => panic!("{item:?} after {next:?}"),
+            });
+            assert_eq!(progress, Ok(Progress::Complete), "{pages} pages");
+            assert_eq!(next, Some(pages));
+        }
+    }
+
+    #[test]
+    fn last_message_is_needed() {
+        for pages in [27, 54, 55, 1000, MAX_PAGES] {
+            let messages = messages(pages * 4096, 0);
+            let (progress, items) = assemble(&messages[..messages.len() - 1]);
+            assert_eq!(progress, Ok(Progress::More));
+            assert!(items.len() < pages as usize + 1);
+        }
+    }
+
+    #[test]
+    fn messages_are_filled() {
+        let messages = messages(4096 * 4096, 0);
+        assert_eq!(messages.len(), 147);
+        assert_eq!(messages[0].len(), 28 + 26 * 8);
+        assert_eq!(messages[1].len(), 16 + 28 * 8);
+        assert_eq!(messages[146].len(), 16 + ((4096 - 26) % 28) * 8);
+    }
+
+    #[test]
+    fn guest_cannot_describe_what_has_no_description() {
+        let new = |channel, gpadl, bytes, offset| {
+            GpadlMessages::new(
+                ChannelId::new(channel),
+                GpadlId::new(gpadl),
+                bytes,
+                offset,
+                pfn,
+            )
+            .err()
+        };
+        assert_eq!(new(1, 1, 4096, 0), None);
+        assert_eq!(new(0, 1, 4096, 0), Some(GpadlError::InvalidId));
+        assert_eq!(new(1, 0, 4096, 0), Some(GpadlError::InvalidId));
+        assert_eq!(new(1, 1, 0, 0), Some(GpadlError::Empty));
+        assert_eq!(
+            new(1, 1, 1, 4096),
+            Some(GpadlError::InvalidOffset { byte_offset: 4096 })
+        );
+        assert_eq!(new(1, 1, 8190 * 4096 - 5, 5), None);
+        assert_eq!(
+            new(1, 1, 8190 * 4096 - 4, 5),
+            Some(GpadlError::TooLarge { pages: 8191 })
+        );
+        assert_eq!(
+            new(1, 1, u32::MAX, 4095),
+            Some(GpadlError::TooLarge { pages: 0x10_0001 })
+        );
+    }
+
+    #[test]
+    fn bad_headers_are_refused() {
+        let page = [range(4096, 0), U64::new(1)];
+        assert_eq!(start(&header(16, 1), &page), Ok(Progress::Complete));
+        assert_eq!(start(&header(16, 0), &page), Err(GpadlError::Empty));
+        let mut no_id = header(16, 1);
+        no_id.gpadl_id = GpadlId::new(0);
+        assert_eq!(start(&no_id, &page), Err(GpadlError::InvalidId));
+        let mut no_channel = header(16, 1);
+        no_channel.channel_id = ChannelId::new(2048);
+        assert_eq!(start(&no_channel, &page), Err(GpadlError::InvalidId));
+        for (range_buf_len, range_count) in [(0, 1), (8, 1), (15, 1), (17, 1), (16, 2), (24, 2)] {
+            assert_eq!(
+                start(&header(range_buf_len, range_count), &page),
+                Err(GpadlError::InvalidLength { range_buf_len })
+            );
+        }
+    }
+
+    #[test]
+    fn bad_ranges_are_refused() {
+        let one = |first, range_buf_len| start(&header(range_buf_len, 1), &[first, U64::new(1)]);
+        assert_eq!(one(range(0, 0), 16), Err(GpadlError::Empty));
+        assert_eq!(
+            one(range(1, 4096), 16),
+            Err(GpadlError::InvalidOffset { byte_offset: 4096 })
+        );
+        assert_eq!(one(range(4096, 1), 16), Err(GpadlError::CountMismatch));
+        assert_eq!(one(range(4097, 0), 16), Err(GpadlError::CountMismatch));
+        assert_eq!(one(range(4096, 0), 24), Err(GpadlError::CountMismatch));
+        assert_eq!(one(range(4097, 0), 24), Ok(Progress::More));
+        assert_eq!(
+            one(range(u32::MAX, 4095), 0xfff8),
+            Err(GpadlError::TooLarge { pages: 0x10_0001 })
+        );
+    }
+
+    #[test]
+    fn several_ranges() {
+        let words = [
+            range(8192, 0),
+            U64::new(1),
+            U64::new(2),
+            range(10, 4095),
+            U64::new(3),
+            U64::new(4),
+        ];
+        let mut items = Vec::new();
+        let (_, progress) =
+            GpadlAssembler::start(&header(48, 2), &words, |item| items.push(item)).unwrap();
+        assert_eq!(progress, Progress::Complete);
+        assert_eq!(items.len(), 6);
+        assert_eq!(
+            items[3],
+            GpadlItem::Range {
+                byte_count: 10,
+                byte_offset: 4095,
+                pages: 2
+            }
+        );
+        // The first range leaves no room for the second.
+        assert_eq!(
+            start(&header(32, 2), &words[..4]),
+            Err(GpadlError::CountMismatch)
+        );
+    }
+
+    #[test]
+    fn padding_is_not_read() {
+        let words = [range(4096, 0), U64::new(1), U64::new(2)];
+        assert_eq!(start(&header(16, 1), &words), Ok(Progress::Complete));
+    }
+
+    #[test]
+    fn bodies_must_belong_and_make_progress() {
+        let words = [range(3 * 4096, 0), U64::new(1)];
+        let (assembler, progress) = GpadlAssembler::start(&header(32, 1), &words, |_| ()).unwrap();
+        assert_eq!(progress, Progress::More);
+        assert_eq!(assembler.channel_id(), CHANNEL);
+        let body = |id| GpadlBody {
+            message_number: U32::new(77),
+            gpadl_id: id,
+        };
+        let pfns = [U64::new(2), U64::new(3), U64::new(4)];
+
+        let mut ours = assembler.clone();
+        let other = GpadlId::new(5);
+        assert_eq!(
+            ours.add(&body(other), &pfns, |_| ()),
+            Err(GpadlError::WrongId { gpadl_id: other })
+        );
+        let mine = body(ours.gpadl_id());
+        assert_eq!(ours.add(&mine, &pfns[..1], |_| ()), Ok(Progress::More));
+        assert_eq!(ours.add(&mine, &pfns, |_| ()), Ok(Progress::Complete));
+        assert_eq!(ours.add(&mine, &pfns, |_| ()), Err(GpadlError::NotExpected));
+
+        let mut ours = assembler;
+        assert_eq!(ours.add(&mine, &[], |_| ()), Err(GpadlError::EmptyBody));
+        assert_eq!(ours.add(&mine, &pfns, |_| ()), Err(GpadlError::NotExpected));
+    }
+
+    proptest! {
+        #[test]
+        fn any_range_makes_the_round_trip(byte_count in 1u32..=8190 * 4096, offset in 0u32..4096) {
+            let new = GpadlMessages::new(CHANNEL, GpadlId::FIRST, byte_count, offset, pfn);
+            let pages = (u64::from(byte_count) + u64::from(offset)).div_ceil(4096);
+            let Ok(messages) = new else {
+                prop_assert_eq!(pages, 8191);
+                return Ok(());
+            };
+            let messages: Vec<_> = messages.collect();
+            let (progress, items) = assemble(&messages);
+            prop_assert_eq!(progress, Ok(Progress::Complete));
+            prop_assert_eq!(items.len() as u64, pages + 1);
+            prop_assert_eq!(
+                items[0],
+                GpadlItem::Range { byte_count, byte_offset: offset, pages: pages as u32 }
+            );
+        }
+
+        /// Whatever comes, the sink gets no more than the header's length allows, ranges are
+        /// followed by their frames, and after an error nothing is taken.
+        #[test]
+        fn any_words_are_bounded(
+            range_buf_len in prop_oneof![any::<u16>(), (0u16..40).prop_map(|n| n * 8)],
+            range_count in prop_oneof![any::<u16>(), 0u16..4],
+            bodies in prop::collection::vec(
+                prop::collection::vec(
+                    prop_oneof![
+                        any::<u64>(),
+                        (1u64..40_000, 0u64..4200).prop_map(|(n, o)| n | o << 32),
+                    ],
+                    0..29,
+                ),
+                1..20,
+            ),
+        ) {
+            let bodies: Vec<Vec<U64>> = bodies
+                .into_iter()
+                .map(|words| words.into_iter().map(U64::new).collect())
+                .collect();
+            let mut items = Vec::new();
+            let sink = |item| items.push(item);
+            let started = GpadlAssembler::start(&header(range_buf_len, range_count), &bodies[0], sink);
+            let mut done = matches!(started, Ok((_, Progress::Complete)));
+            let body = GpadlBody { message_number: U32::ZERO, gpadl_id: GpadlId::FIRST };
+            if let Ok((mut assembler, _)) = started {
+                let mut failed = false;
+                for words in &bodies[1..] {
+                    let before = items.len();
+                    let result = assembler.add(&body, words, |item| items.push(item));
+                    if done || failed {
+                        prop_assert_eq!(result, Err(GpadlError::NotExpected));
+                        prop_assert_eq!(items.len(), before);
+                    }
+                    failed |= result.is_err();
+                    done |= result == Ok(Progress::Complete);
+                }
+            }
+            prop_assert!(items.len() <= usize::from(range_buf_len / 8));
+            let mut due = 0;
+            let mut ranges = 0;
+            for item in &items {
+                match item {
+                    GpadlItem::Range { byte_count, byte_offset, pages } => {
+                        prop_assert_eq!(due, 0);
+                        prop_assert!(*byte_count > 0 && *byte_offset < 4096);
+                        let bytes = u64::from(*byte_count) + u64::from(*byte_offset);
+                        prop_assert_eq!(u64::from(*pages), bytes.div_ceil(4096));
+                        due = *pages;
+                        ranges += 1;
+                    }
+                    GpadlItem::Pfn(_) => due -= 1,
+                }
+            }
+            if done {
+                prop_assert_eq!(due, 0);
+                prop_assert_eq!(ranges, range_count);
+                prop_assert_eq!(items.len(), usize::from(range_buf_len / 8));
+            }
+        }
+    }
+}

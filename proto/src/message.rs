@@ -874,3 +874,338 @@ vmbus_messages! {
         22 MODIFY_CHANNEL ModifyChannel 16 since V4_1;
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use proptest::prelude::*;
+
+    fn types() -> impl Iterator<Item = MessageType> {
+        (0..=30).map(MessageType::new)
+    }
+
+    /// Smallest size of a message that a parser takes.
+    fn size_of_type(message_type: MessageType) -> Option<usize> {
+        (0..=MAX_MESSAGE_SIZE).find(|len| {
+            let mut bytes = [0; MAX_MESSAGE_SIZE];
+            bytes[..4].copy_from_slice(message_type.as_bytes());
+            let bytes = &bytes[..*len];
+            matches!(HostMessage::parse(bytes, Some(Version::NEWEST)),
+                Ok(message) if !matches!(message, HostMessage::Unknown(_)))
+                || matches!(GuestMessage::parse(bytes, Some(Version::NEWEST)),
+                    Ok(message) if !matches!(message, GuestMessage::Unknown(_)))
+        })
+    }
+
+    #[test]
+    fn numbers_and_sizes_are_those_of_the_headers() {
+        let sizes: Vec<_> = types()
+            .filter_map(|t| size_of_type(t).map(|size| (t.get(), size)))
+            .collect();
+        assert_eq!(
+            sizes,
+            [
+                (1, 196),
+                (2, 12),
+                (3, 8),
+                (4, 8),
+                (5, 148),
+                (6, 20),
+                (7, 12),
+                (8, 20),
+                (9, 16),
+                (10, 20),
+                (11, 16),
+                (12, 12),
+                (13, 12),
+                (14, 40),
+                (15, 16),
+                (16, 8),
+                (17, 8),
+                (21, 40),
+                (22, 16),
+                (23, 44),
+                (24, 16),
+            ]
+        );
+    }
+
+    #[test]
+    fn offer_has_its_fields_where_linux_has_them() {
+        let mut bytes = [0u8; 196];
+        bytes[0] = 1;
+        bytes[8..24].fill(0x11);
+        bytes[24..40].fill(0x22);
+        bytes[56..58].copy_from_slice(&0x0201u16.to_le_bytes());
+        bytes[58] = 5;
+        bytes[60] = 0x33;
+        bytes[179] = 0x44;
+        bytes[180] = 6;
+        bytes[184] = 7;
+        bytes[188] = 100;
+        bytes[189] = 0xff;
+        bytes[190] = 1;
+        bytes[192] = 9;
+        let Ok(HostMessage::OfferChannel(offer)) = HostMessage::parse(&bytes, Some(Version::V4_0))
+        else {
+            panic!("not an offer");
+        };
+        assert_eq!(offer.interface_id, Guid::from_bytes([0x11; 16]));
+        assert_eq!(offer.instance_id, Guid::from_bytes([0x22; 16]));
+        assert_eq!(
+            offer.flags(),
+            OfferFlags::PARENT_OFFER | OfferFlags::ENUMERATE_DEVICE_INTERFACE
+        );
+        assert_eq!(offer.mmio_megabytes.get(), 5);
+        assert_eq!(
+            (offer.user_defined[0], offer.user_defined[119]),
+            (0x33, 0x44)
+        );
+        assert_eq!(offer.sub_channel_index.get(), 6);
+        assert!(offer.is_subchannel() && offer.has_dedicated_interrupt());
+        assert_eq!(offer.channel_id, ChannelId::new(7));
+        assert_eq!(offer.monitor(), MonitorId::new(100));
+        assert_eq!(offer.connection_id, ConnectionId::new(9));
+    }
+
+    #[test]
+    fn monitor_id_needs_a_place() {
+        let mut offer = OfferChannel::new_zeroed();
+        offer.monitor_id = 5;
+        assert_eq!(offer.monitor(), None);
+        offer.monitor_allocated = 1;
+        assert_eq!(offer.monitor(), MonitorId::new(5));
+        offer.monitor_id = 128;
+        assert_eq!(offer.monitor(), None);
+    }
+
+    #[test]
+    fn contact_target_shares_the_field_with_the_interrupt_page() {
+        let mut contact = InitiateContact::new_zeroed();
+        contact.interrupt_page_or_target = ContactTarget {
+            sint: 2,
+            vtl: 1,
+            reserved: [0; 2],
+            feature_flags: U32::new(0x10),
+        }
+        .to_field();
+        assert_eq!(
+            contact.interrupt_page_or_target.get(),
+            0x0000_0010_0000_0102
+        );
+        assert_eq!(contact.target().sint, 2);
+        assert_eq!(contact.target().feature_flags.get(), 0x10);
+    }
+
+    #[test]
+    fn version_gates_messages() {
+        let modify = ModifyChannel::new_zeroed().encode();
+        let message_type = MessageType::MODIFY_CHANNEL;
+        for agreed in [None, Some(Version::V4_0)] {
+            assert_eq!(
+                GuestMessage::parse(&modify, agreed).unwrap_err(),
+                ParseError::NotInVersion { message_type }
+            );
+        }
+        assert!(GuestMessage::parse(&modify, Some(Version::V4_1)).is_ok());
+
+        let response = ModifyChannelResponse::new_zeroed().encode();
+        assert!(HostMessage::parse(&response, Some(Version::V5_2)).is_err());
+        assert!(HostMessage::parse(&response, Some(Version::V5_3)).is_ok());
+
+        let contact = InitiateContact::new_zeroed().encode();
+        assert!(GuestMessage::parse(&contact, None).is_ok());
+        assert!(GuestMessage::parse(&RequestOffers {}.encode(), None).is_err());
+        assert!(HostMessage::parse(&VersionResponse::new_zeroed().encode(), None).is_ok());
+        assert!(HostMessage::parse(&AllOffersDelivered {}.encode(), None).is_err());
+    }
+
+    #[test]
+    fn direction_matters_and_unknown_types_are_data() {
+        let close = CloseChannel::new_zeroed().encode();
+        assert_eq!(
+            HostMessage::parse(&close, Some(Version::NEWEST)).unwrap_err(),
+            ParseError::WrongDirection {
+                message_type: MessageType::CLOSE_CHANNEL
+            }
+        );
+        let strange = MessageBuf::new(MessageType::new(99));
+        assert!(matches!(
+            HostMessage::parse(&strange, None),
+            Ok(HostMessage::Unknown(t)) if t.get() == 99
+        ));
+        assert!(matches!(
+            GuestMessage::parse(&strange, None),
+            Ok(GuestMessage::Unknown(t)) if t.get() == 99
+        ));
+    }
+
+    #[test]
+    fn length_has_two_bounds() {
+        assert_eq!(
+            HostMessage::parse(&[4, 0, 0, 0, 0, 0, 0], None).unwrap_err(),
+            ParseError::NoHeader { len: 7 }
+        );
+        let mut long = [0; 241];
+        long[0] = 4;
+        assert_eq!(
+            HostMessage::parse(&long, Some(Version::V5_3)).unwrap_err(),
+            ParseError::TooLong { len: 241 }
+        );
+        // Padding up to the bound is no harm.
+        assert!(HostMessage::parse(&long[..240], Some(Version::V5_3)).is_ok());
+        assert_eq!(
+            HostMessage::parse(&[2, 0, 0, 0, 0, 0, 0, 0, 1, 0, 0], Some(Version::V5_3))
+                .unwrap_err(),
+            ParseError::Truncated {
+                message_type: MessageType::RESCIND_CHANNEL_OFFER,
+                len: 11,
+                need: 12
+            }
+        );
+    }
+
+    #[test]
+    fn user_data_has_a_bound() {
+        let open = |len: usize| {
+            OpenChannel::new(
+                ChannelId::new(1),
+                OpenId::new(1),
+                GpadlId::FIRST,
+                VpIndex::BOOT,
+                4,
+                &[7; 121][..len],
+            )
+        };
+        assert!(open(121).is_none());
+        assert_eq!(open(120).unwrap().user_data, [7; 120]);
+        assert_eq!(open(1).unwrap().user_data[..3], [7, 0, 0]);
+    }
+
+    #[test]
+    fn buffer_has_a_bound() {
+        let mut buf = MessageBuf::new(MessageType::UNLOAD);
+        assert!(buf.append(&[1; 232]));
+        assert!(!buf.append(&[1]) && buf.append(&[]));
+        assert_eq!(buf.len(), 240);
+        assert_eq!(buf.message_type(), MessageType::UNLOAD);
+    }
+
+    #[test]
+    fn rules_name_direction_and_version() {
+        assert_eq!(
+            MessageType::MODIFY_CHANNEL_RESPONSE.rule(),
+            Some((Direction::HostToGuest, Since::Version(Version::V5_3)))
+        );
+        assert_eq!(
+            MessageType::UNLOAD.rule(),
+            Some((Direction::GuestToHost, Since::Always))
+        );
+        assert_eq!(MessageType::new(18).rule(), None);
+    }
+
+    /// Any bytes with a type that is often a known one.
+    fn bytes() -> impl Strategy<Value = Vec<u8>> {
+        (0u32..30, prop::collection::vec(any::<u8>(), 0..260)).prop_map(|(number, mut bytes)| {
+            for (byte, value) in bytes.iter_mut().zip(number.to_le_bytes()) {
+                *byte = value;
+            }
+            bytes
+        })
+    }
+
+    fn agreed() -> impl Strategy<Value = Option<Version>> {
+        prop::option::of(prop::sample::select(&Version::NEWEST_FIRST[..]))
+    }
+
+    /// Encodes a host's message again; its bytes must be a prefix of those it was parsed from.
+    fn encode_host(message: &HostMessage) -> Option<MessageBuf> {
+        Some(match message {
+            HostMessage::OfferChannel(m) => m.encode(),
+            HostMessage::RescindChannelOffer(m) => m.encode(),
+            HostMessage::AllOffersDelivered(m) => m.encode(),
+            HostMessage::OpenChannelResult(m) => m.encode(),
+            HostMessage::GpadlCreated(m) => m.encode(),
+            HostMessage::GpadlTorndown(m) => m.encode(),
+            HostMessage::VersionResponse(m) => m.encode(),
+            HostMessage::UnloadResponse(m) => m.encode(),
+            HostMessage::TlConnectResult(m) => m.encode(),
+            HostMessage::ModifyChannelResponse(m) => m.encode(),
+            HostMessage::Unknown(_) => return None,
+        })
+    }
+
+    fn encode_guest(message: &GuestMessage<'_>) -> Option<MessageBuf> {
+        Some(match message {
+            GuestMessage::RequestOffers(m) => m.encode(),
+            GuestMessage::OpenChannel(m) => m.encode(),
+            GuestMessage::CloseChannel(m) => m.encode(),
+            GuestMessage::GpadlHeader(m, words) => {
+                let mut buf = m.encode();
+                assert!(buf.append(words.as_bytes()));
+                buf
+            }
+            GuestMessage::GpadlBody(m, words) => {
+                let mut buf = m.encode();
+                assert!(buf.append(words.as_bytes()));
+                buf
+            }
+            GuestMessage::GpadlTeardown(m) => m.encode(),
+            GuestMessage::RelidReleased(m) => m.encode(),
+            GuestMessage::InitiateContact(m) => m.encode(),
+            GuestMessage::Unload(m) => m.encode(),
+            GuestMessage::TlConnectRequest(m) => m.encode(),
+            GuestMessage::ModifyChannel(m) => m.encode(),
+            GuestMessage::Unknown(_) => return None,
+        })
+    }
+
+    proptest! {
+        /// No bytes make a parser panic; what it takes, it takes as it is; what it refuses, it
+        /// refuses for the reason that it gives.
+        #[test]
+        fn any_bytes(mut bytes in bytes(), agreed in agreed()) {
+            // Of the header, only the type is kept.
+            if let Some(padding) = bytes.get_mut(4..8) {
+                padding.fill(0);
+            }
+            let host = HostMessage::parse(&bytes, agreed);
+            let guest = GuestMessage::parse(&bytes, agreed);
+            let number = bytes.first_chunk().map(|b| MessageType::new(u32::from_le_bytes(*b)));
+            if let Ok(message) = &host {
+                prop_assert_eq!(Some(message.message_type()), number);
+                if let Some(buf) = encode_host(message) {
+                    prop_assert_eq!(&bytes[..buf.len()], buf.as_bytes());
+                    // All bytes but padding are needed.
+                    prop_assert!(HostMessage::parse(&bytes[..buf.len()], agreed).is_ok());
+                    prop_assert!(HostMessage::parse(&bytes[..buf.len() - 1], agreed).is_err());
+                    prop_assert!(guest.is_err());
+                }
+            }
+            if let Ok(message) = &guest {
+                prop_assert_eq!(Some(message.message_type()), number);
+                if let Some(buf) = encode_guest(message) {
+                    prop_assert_eq!(&bytes[..buf.len()], buf.as_bytes());
+                    prop_assert!(host.is_err());
+                }
+            }
+            for error in [host.err(), guest.err()].into_iter().flatten() {
+                prop_assert!(!error.to_string().is_empty());
+                match error {
+                    ParseError::NoHeader { len } => prop_assert!(len < 8 && len == bytes.len()),
+                    ParseError::TooLong { len } => prop_assert!(len > 240 && len == bytes.len()),
+                    ParseError::Truncated { len, need, .. } => {
+                        prop_assert!(len < need && len == bytes.len());
+                    }
+                    ParseError::NotInVersion { message_type } => {
+                        let (_, since) = message_type.rule().unwrap();
+                        prop_assert!(!since.allows(agreed));
+                    }
+                    ParseError::WrongDirection { message_type } => {
+                        prop_assert!(message_type.rule().is_some());
+                    }
+                }
+            }
+        }
+    }
+}
