@@ -129,6 +129,16 @@ impl Client {
         Err(AgentError::NotReady(timeout))
     }
 
+    /// The guest is about to start anew: what runs is given up ([`AgentError::Closed`]), and
+    /// [`Client::wait_ready`] waits for a new greeting.
+    pub fn expect_restart(&self) {
+        let mut routes = locked(&self.routes);
+        routes.ready = false;
+        if let Some(commands) = routes.commands.as_mut() {
+            commands.clear();
+        }
+    }
+
     /// Run `command` with the guest's shell and wait for its end, at most `timeout`.
     ///
     /// # Errors

@@ -106,3 +106,13 @@ fn the_guests_end_is_an_error_not_a_hang() {
     drop(guest);
     assert!(matches!(running.wait(SOON), Err(AgentError::Closed(_))));
 }
+
+#[test]
+fn a_restart_ends_what_runs_and_greets_again() {
+    let client = session();
+    let running = client.spawn("sleep 300").expect("spawn");
+    client.expect_restart();
+    assert!(matches!(running.wait(SOON), Err(AgentError::Closed(_))));
+    client.wait_ready(SOON).expect("ready again");
+    assert_eq!(client.run("echo anew", SOON).expect("run").stdout, "anew\n");
+}
