@@ -12,6 +12,7 @@
 //! - [`vsp`]: the service providers (storage).
 //! - [`vm`]: the virtual machine: memory, vCPUs, boot, ACPI, serial ports, power.
 
+pub mod counters;
 pub mod disk;
 pub mod hypervisor;
 pub mod scsi;

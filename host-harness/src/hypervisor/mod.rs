@@ -9,7 +9,9 @@
 
 pub mod cpuid;
 pub mod hypercall;
-pub mod sys;
+pub mod kvm;
+pub mod synic;
+pub(crate) mod sys;
 
 use hv_proto::hypercall::HvStatus;
 use hv_proto::ids::{ConnectionId, VpIndex};

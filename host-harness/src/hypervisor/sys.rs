@@ -137,10 +137,7 @@ pub fn hyperv_exit(run: &kvm_run) -> HypervExit {
 /// Sets the result of the hypercall that [`hyperv_exit`] returned. KVM gives it to the guest when
 /// the vCPU runs next.
 pub fn set_hypercall_result(run: &mut kvm_run, result: u64) {
-    // SAFETY: as in `hyperv_exit`; writing an integer field of the union keeps it valid.
-    unsafe {
-        run.__bindgen_anon_1.hyperv.u.hcall.result = result;
-    }
+    run.__bindgen_anon_1.hyperv.u.hcall.result = result;
 }
 
 /// The `KVM_EXIT_INTERNAL_ERROR` details: sub-error and data words.

@@ -1,3 +1,619 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
 
 //! The virtual machine: memory, vCPUs, boot, ACPI, serial ports and power.
+//!
+//! [`Vm::new`] checks the configuration and makes the machine; the VMBus server is built on its
+//! [`memory`](Vm::memory) and [`synic`](Vm::synic) and given back with
+//! [`set_message_sink`](Vm::set_message_sink); [`Vm::start`] runs it, and the [`VmHandle`] waits for
+//! its end, pauses or stops it.
+
+pub mod acpi;
+pub mod boot;
+pub mod counters;
+pub mod devices;
+pub mod machine;
+pub mod memory;
+pub mod power;
+pub mod rtc;
+pub mod serial;
+mod vcpu;
+
+use std::io;
+use std::path::PathBuf;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::mpsc::{Receiver, RecvTimeoutError, Sender, channel};
+use std::sync::{Arc, Mutex, PoisonError};
+use std::thread::{self, JoinHandle};
+use std::time::Duration;
+
+use kvm_ioctls::Kvm;
+use vm_memory::GuestMemoryMmap;
+use vmm_sys_util::eventfd::EventFd;
+
+use self::boot::Images;
+use self::counters::{ExitCounters, VmCounters};
+use self::devices::Devices;
+use self::machine::Machine;
+use self::serial::{PORTS, SerialBackend, SerialPort};
+use self::vcpu::{VcpuContext, VcpuEvent, Vcpus};
+use crate::counters::Counter;
+use crate::hypervisor::MessageSink;
+use crate::hypervisor::synic::Synic;
+
+/// Most virtual processors of a VM.
+pub const MAX_CPUS: u32 = 128;
+
+/// Why a VM cannot be made or cannot go on.
+#[derive(Debug, thiserror::Error)]
+pub enum VmError {
+    /// An option has a value that is not possible.
+    #[error("{0}")]
+    BadOption(String),
+    /// A file is missing, damaged or does not fit.
+    #[error("{what} {}: {reason}", path.display())]
+    Image {
+        /// What the file is for.
+        what: String,
+        /// The file.
+        path: PathBuf,
+        /// What is wrong.
+        reason: String,
+    },
+    /// This machine has no usable KVM.
+    #[error("{0}")]
+    NoKvm(String),
+    /// Guest memory cannot be mapped.
+    #[error("guest memory: {0}")]
+    Memory(String),
+    /// The boot structures cannot be written.
+    #[error("{0}")]
+    Boot(String),
+    /// The host system refused an operation.
+    #[error("{0}: {1}")]
+    System(&'static str, io::Error),
+    /// A vCPU cannot go on.
+    #[error("{0}")]
+    Run(String),
+}
+
+impl VmError {
+    /// Exit status of a program that ends with this error: 2 when its user can do something about
+    /// it (a bad option, a bad image, no KVM), else 1.
+    pub fn exit_status(&self) -> u8 {
+        match self {
+            VmError::BadOption(_) | VmError::Image { .. } | VmError::NoKvm(_) => 2,
+            VmError::Memory(_) | VmError::Boot(_) | VmError::System(..) | VmError::Run(_) => 1,
+        }
+    }
+}
+
+/// What a guest wrote into the crash registers (MSRs 0x40000100 to 0x40000104, TLFS section 2.5.9).
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct CrashReport {
+    /// The processor that reported.
+    pub vp: u32,
+    /// The five parameters. Linux puts there: error, guest id, instruction pointer, RAX, stack
+    /// pointer.
+    pub parameters: [u64; 5],
+}
+
+impl std::fmt::Display for CrashReport {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        write!(f, "CPU {}, parameters", self.vp)?;
+        for parameter in self.parameters {
+            write!(f, " {parameter:#x}")?;
+        }
+        Ok(())
+    }
+}
+
+/// How a VM ended.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum ExitReason {
+    /// The guest switched itself off.
+    PowerOff,
+    /// The guest reset itself, and [`VmConfig::reboot`] is off.
+    Reset,
+    /// [`VmHandle::stop`], or the user at the terminal.
+    Stopped,
+    /// The guest reported a crash, and [`VmConfig::run_after_crash`] is off.
+    Crash(CrashReport),
+    /// A processor shut down after a triple fault.
+    TripleFault {
+        /// Which processor.
+        vp: u32,
+        /// Its instruction pointer.
+        rip: u64,
+    },
+}
+
+impl ExitReason {
+    /// Exit status of a program that ran the VM: 3 for a crash of the guest, else 0.
+    pub fn exit_status(&self) -> u8 {
+        match self {
+            ExitReason::PowerOff | ExitReason::Reset | ExitReason::Stopped => 0,
+            ExitReason::Crash(_) | ExitReason::TripleFault { .. } => 3,
+        }
+    }
+}
+
+impl std::fmt::Display for ExitReason {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        match self {
+            ExitReason::PowerOff => write!(f, "the guest switched itself off"),
+            ExitReason::Reset => write!(f, "the guest reset itself"),
+            ExitReason::Stopped => write!(f, "the VM was stopped"),
+            ExitReason::Crash(report) => write!(f, "the guest crashed ({report})"),
+            ExitReason::TripleFault { vp, rip } => {
+                write!(
+                    f,
+                    "the guest crashed (triple fault on CPU {vp} at {rip:#x})"
+                )
+            }
+        }
+    }
+}
+
+/// A VM as its user describes it.
+#[derive(Debug)]
+pub struct VmConfig {
+    /// Linux kernel: bzImage or ELF vmlinux.
+    pub kernel: PathBuf,
+    /// Initramfs.
+    pub initrd: Option<PathBuf>,
+    /// Kernel command line.
+    pub cmdline: String,
+    /// Number of virtual processors, 1 to [`MAX_CPUS`].
+    pub cpus: u32,
+    /// Guest memory in bytes.
+    pub memory: u64,
+    /// COM1 and COM2.
+    pub serial: [SerialBackend; PORTS.len()],
+    /// Boot again when the guest resets itself; otherwise this ends the VM.
+    pub reboot: bool,
+    /// Go on when the guest reports a crash, so that its crash kernel can run; otherwise this ends
+    /// the VM.
+    pub run_after_crash: bool,
+}
+
+impl VmConfig {
+    /// One CPU, 512 MiB, no serial ports, reboots.
+    pub fn new(kernel: impl Into<PathBuf>) -> VmConfig {
+        VmConfig {
+            kernel: kernel.into(),
+            initrd: None,
+            cmdline: String::new(),
+            cpus: 1,
+            memory: 512 << 20,
+            serial: [SerialBackend::None, SerialBackend::None],
+            reboot: true,
+            run_after_crash: false,
+        }
+    }
+}
+
+/// A VM that is ready to start.
+pub struct Vm {
+    kvm: Kvm,
+    images: Images,
+    /// What is in memory, until it runs for the first time.
+    loaded: Option<boot::Entry>,
+    cmdline: String,
+    cpus: u32,
+    memory_size: u64,
+    reboot: bool,
+    run_after_crash: bool,
+    memory: Arc<GuestMemoryMmap>,
+    synic: Arc<Synic>,
+    sink: Option<Arc<dyn MessageSink>>,
+    devices: Arc<Devices>,
+    exits: Arc<ExitCounters>,
+    resets: Arc<Counter>,
+    eom: EomThread,
+    orders: Sender<Order>,
+    ordered: Receiver<Order>,
+}
+
+/// What the control thread is told.
+enum Order {
+    Vcpu(VcpuEvent),
+    Pause(Sender<()>),
+    Resume,
+    Stop,
+}
+
+impl Vm {
+    /// Checks the configuration, opens the images and serial ports, and makes the memory.
+    ///
+    /// # Errors
+    /// Any [`VmError`]; [`VmError::exit_status`] tells those that the user caused.
+    pub fn new(config: VmConfig) -> Result<Vm, VmError> {
+        if config.cpus == 0 || config.cpus > MAX_CPUS {
+            return Err(VmError::BadOption(format!(
+                "{} CPUs: must be between 1 and {MAX_CPUS}",
+                config.cpus
+            )));
+        }
+        memory::check_size(config.memory)?;
+        let images = Images::open(&config.kernel, config.initrd.as_deref())?;
+        let kvm = machine::open_kvm()?;
+        let max = kvm.get_max_vcpus();
+        if config.cpus as usize > max {
+            return Err(VmError::BadOption(format!(
+                "{} CPUs: this machine's KVM takes at most {max}",
+                config.cpus
+            )));
+        }
+        let memory = Arc::new(memory::map(config.memory)?);
+        let synic = Arc::new(Synic::new(memory.clone(), config.cpus));
+        let eom = EomThread::start(synic.clone())?;
+        let (orders, ordered) = channel();
+        let mut serial = [None, None];
+        for (port, backend) in serial.iter_mut().zip(config.serial) {
+            let orders = orders.clone();
+            *port = SerialPort::open(backend, move || {
+                // The VM may have ended already.
+                let _ = orders.send(Order::Stop);
+            })?;
+        }
+        let exits = Arc::<ExitCounters>::default();
+        let mut vm = Vm {
+            kvm,
+            images,
+            loaded: None,
+            cmdline: config.cmdline,
+            cpus: config.cpus,
+            memory_size: config.memory,
+            reboot: config.reboot,
+            run_after_crash: config.run_after_crash,
+            memory,
+            synic,
+            sink: None,
+            devices: Arc::new(Devices::new(serial, exits.clone())),
+            exits,
+            resets: Arc::default(),
+            eom,
+            orders,
+            ordered,
+        };
+        // Finds damaged images before anything starts.
+        vm.loaded = Some(vm.load()?);
+        Ok(vm)
+    }
+
+    /// The guest's memory.
+    pub fn memory(&self) -> Arc<GuestMemoryMmap> {
+        self.memory.clone()
+    }
+
+    /// The guest's SynIC.
+    pub fn synic(&self) -> Arc<Synic> {
+        self.synic.clone()
+    }
+
+    /// Sets who gets the guest's messages: the VMBus server. Without it the guest finds no VMBus.
+    pub fn set_message_sink(&mut self, sink: Arc<dyn MessageSink>) {
+        self.sink = Some(sink);
+    }
+
+    /// Puts the kernel and all it needs at its entry into memory.
+    fn load(&mut self) -> Result<boot::Entry, VmError> {
+        let mut present = [false; PORTS.len()];
+        for (present, port) in present.iter_mut().zip(self.devices.serial()) {
+            *present = port.is_some();
+        }
+        let rsdp = acpi::write_tables(&self.memory, self.cpus, &present)?;
+        boot::load(
+            &self.memory,
+            self.memory_size,
+            &mut self.images,
+            &self.cmdline,
+            rsdp,
+        )
+    }
+
+    /// Starts the guest.
+    ///
+    /// # Errors
+    /// [`VmError::System`] when KVM or the host refuses.
+    pub fn start(mut self) -> Result<VmHandle, VmError> {
+        let vcpus = self.power_on()?;
+        let shared = HandleState {
+            synic: self.synic.clone(),
+            devices: self.devices.clone(),
+            exits: self.exits.clone(),
+            resets: self.resets.clone(),
+        };
+        let orders = self.orders.clone();
+        let (ended, end) = channel();
+        let thread = thread::Builder::new()
+            .name("vm".into())
+            .spawn(move || {
+                let result = self.control(vcpus);
+                // Serial output is complete before the end is known.
+                for port in self.devices.serial().iter().flatten() {
+                    port.finish();
+                }
+                // The handle may be gone: nobody wants to know then.
+                let _ = ended.send(result);
+            })
+            .map_err(|e| VmError::System("starting a thread", e))?;
+        Ok(VmHandle {
+            state: shared,
+            orders,
+            end: Mutex::new(End::Running(end)),
+            thread: Some(thread),
+        })
+    }
+
+    /// Makes a machine, loads the guest and starts its vCPUs.
+    fn power_on(&mut self) -> Result<Vcpus, VmError> {
+        let machine = Machine::new(
+            &self.kvm,
+            &self.memory,
+            self.cpus,
+            &self.devices,
+            &self.eom.event,
+        )?;
+        let entry = match self.loaded.take() {
+            Some(entry) => entry,
+            None => self.load()?,
+        };
+        machine.set_entry(entry)?;
+        self.synic.attach(Some(machine.interrupts.clone()));
+        let contexts = (0..)
+            .zip(machine.vcpus)
+            .map(|(vp, fd)| VcpuContext {
+                vp,
+                fd,
+                memory: self.memory.clone(),
+                devices: self.devices.clone(),
+                synic: self.synic.clone(),
+                sink: self.sink.clone(),
+                exits: self.exits.clone(),
+                events: {
+                    let orders = self.orders.clone();
+                    Box::new(move |event| {
+                        // Nobody listens only when the VM ends, and it stops its vCPUs then.
+                        let _ = orders.send(Order::Vcpu(event));
+                    })
+                },
+            })
+            .collect();
+        Vcpus::start(contexts)
+    }
+
+    /// Stops the vCPUs, then the server's channels, then cuts the SynIC off.
+    fn power_off(&self, vcpus: Vcpus) {
+        drop(vcpus);
+        if let Some(sink) = &self.sink {
+            sink.reset();
+        }
+        self.synic.attach(None);
+    }
+
+    /// The control thread: runs the VM until its end.
+    fn control(&mut self, mut vcpus: Vcpus) -> Result<ExitReason, VmError> {
+        loop {
+            let end = self.wait_for_end(&vcpus);
+            self.power_off(vcpus);
+            match end {
+                Ok(ExitReason::Reset) if self.reboot => {
+                    tracing::info!("the guest resets itself");
+                    self.resets.add(1);
+                    // Events of the old machine mean nothing to the new one; an order to stop does.
+                    let mut stop = false;
+                    while let Ok(order) = self.ordered.try_recv() {
+                        match order {
+                            Order::Vcpu(_) | Order::Resume => {}
+                            Order::Pause(done) => drop(done),
+                            Order::Stop => stop = true,
+                        }
+                    }
+                    if stop {
+                        return Ok(ExitReason::Stopped);
+                    }
+                    for port in self.devices.serial().iter().flatten() {
+                        port.reset()?;
+                    }
+                    vcpus = self.power_on()?;
+                }
+                end => return end,
+            }
+        }
+    }
+
+    fn wait_for_end(&self, vcpus: &Vcpus) -> Result<ExitReason, VmError> {
+        loop {
+            // `self.orders` is a sender, so receiving cannot fail; if it did, stopping is right.
+            let order = self.ordered.recv().unwrap_or(Order::Stop);
+            match order {
+                Order::Stop => return Ok(ExitReason::Stopped),
+                Order::Pause(done) => {
+                    vcpus.pause();
+                    // The one who asked may not wait for it.
+                    let _ = done.send(());
+                }
+                Order::Resume => vcpus.resume(),
+                Order::Vcpu(VcpuEvent::PowerOff) => return Ok(ExitReason::PowerOff),
+                Order::Vcpu(VcpuEvent::Reset) => return Ok(ExitReason::Reset),
+                Order::Vcpu(VcpuEvent::Error(error)) => return Err(error),
+                Order::Vcpu(VcpuEvent::TripleFault { vp, rip }) => {
+                    return Ok(ExitReason::TripleFault { vp, rip });
+                }
+                Order::Vcpu(VcpuEvent::Crash(report)) => {
+                    if !self.run_after_crash {
+                        return Ok(ExitReason::Crash(report));
+                    }
+                    tracing::warn!(%report, "the guest crashed and goes on");
+                }
+            }
+        }
+    }
+}
+
+/// What a handle reads while the VM runs.
+struct HandleState {
+    synic: Arc<Synic>,
+    devices: Arc<Devices>,
+    exits: Arc<ExitCounters>,
+    resets: Arc<Counter>,
+}
+
+enum End {
+    Running(Receiver<Result<ExitReason, VmError>>),
+    /// Reported to the one who waited.
+    Taken,
+}
+
+/// A running VM. Dropping it stops the VM.
+pub struct VmHandle {
+    state: HandleState,
+    orders: Sender<Order>,
+    end: Mutex<End>,
+    thread: Option<JoinHandle<()>>,
+}
+
+impl VmHandle {
+    /// Waits for the end of the VM. All serial output is written then, and all devices are stopped.
+    ///
+    /// # Errors
+    /// [`VmError`] when KVM or the host failed.
+    pub fn wait(self) -> Result<ExitReason, VmError> {
+        loop {
+            if let Some(end) = self.wait_timeout(Duration::from_secs(3600)) {
+                return end;
+            }
+        }
+    }
+
+    /// Waits for the end of the VM, at most `timeout`; `None` if it still runs. The end is reported
+    /// once; afterwards this returns [`ExitReason::Stopped`].
+    pub fn wait_timeout(&self, timeout: Duration) -> Option<Result<ExitReason, VmError>> {
+        let mut end = self.end.lock().unwrap_or_else(PoisonError::into_inner);
+        let End::Running(receiver) = &*end else {
+            return Some(Ok(ExitReason::Stopped));
+        };
+        let result = match receiver.recv_timeout(timeout) {
+            Ok(result) => result,
+            Err(RecvTimeoutError::Timeout) => return None,
+            Err(RecvTimeoutError::Disconnected) => {
+                Err(VmError::Run("the control thread of the VM panicked".into()))
+            }
+        };
+        *end = End::Taken;
+        Some(result)
+    }
+
+    /// Asks the VM to end at once, as pulling the plug does.
+    pub fn stop(&self) {
+        // It may have ended already.
+        let _ = self.orders.send(Order::Stop);
+    }
+
+    /// Something that can ask the VM to end, from any thread.
+    pub fn stopper(&self) -> impl Fn() + Send + 'static {
+        let orders = self.orders.clone();
+        move || {
+            // It may have ended already.
+            let _ = orders.send(Order::Stop);
+        }
+    }
+
+    /// Pauses all vCPUs and returns when none runs any more. Devices go on with what they have.
+    pub fn pause(&self) {
+        let (done, wait) = channel();
+        if self.orders.send(Order::Pause(done)).is_ok() {
+            // An error means that the VM ended: nothing runs then either.
+            let _ = wait.recv();
+        }
+    }
+
+    /// Lets a paused VM run again.
+    pub fn resume(&self) {
+        // It may have ended already.
+        let _ = self.orders.send(Order::Resume);
+    }
+
+    /// The counts now.
+    pub fn counters(&self) -> VmCounters {
+        VmCounters {
+            exits: self.state.exits.snapshot(),
+            synic: self.state.synic.counters().into(),
+            resets: self.state.resets.get(),
+            serial_dropped: self
+                .state
+                .devices
+                .serial()
+                .iter()
+                .flatten()
+                .map(SerialPort::dropped)
+                .sum(),
+        }
+    }
+}
+
+impl Drop for VmHandle {
+    fn drop(&mut self) {
+        self.stop();
+        if let Some(thread) = self.thread.take() {
+            if thread.join().is_err() {
+                tracing::error!("the control thread of the VM panicked");
+            }
+        }
+    }
+}
+
+/// Fills message slots again when the guest wrote EOM.
+struct EomThread {
+    event: EventFd,
+    ended: Arc<AtomicBool>,
+    thread: Option<JoinHandle<()>>,
+}
+
+impl EomThread {
+    fn start(synic: Arc<Synic>) -> Result<EomThread, VmError> {
+        let event = EventFd::new(0).map_err(|e| VmError::System("creating an eventfd", e))?;
+        let ended = Arc::new(AtomicBool::new(false));
+        let thread = {
+            let event = event
+                .try_clone()
+                .map_err(|e| VmError::System("duplicating an eventfd", e))?;
+            let ended = ended.clone();
+            thread::Builder::new()
+                .name("synic-eom".into())
+                .spawn(move || {
+                    while !ended.load(Ordering::Acquire) {
+                        match event.read() {
+                            Ok(_) => synic.deliver(),
+                            Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
+                            Err(error) => {
+                                tracing::error!(%error, "waiting for EOM");
+                                return;
+                            }
+                        }
+                    }
+                })
+                .map_err(|e| VmError::System("starting a thread", e))?
+        };
+        Ok(EomThread {
+            event,
+            ended,
+            thread: Some(thread),
+        })
+    }
+}
+
+impl Drop for EomThread {
+    fn drop(&mut self) {
+        self.ended.store(true, Ordering::Release);
+        if self.event.write(1).is_err() {
+            return;
+        }
+        if let Some(thread) = self.thread.take() {
+            if thread.join().is_err() {
+                tracing::error!("the EOM thread panicked");
+            }
+        }
+    }
+}

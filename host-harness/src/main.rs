@@ -1,0 +1,186 @@
+// SPDX-License-Identifier: MIT OR Apache-2.0
+
+//! The command `host-harness`: runs a virtual machine as its options say. See `--help`.
+
+mod cli;
+
+use std::fs::File;
+use std::io::{IsTerminal, Write};
+use std::process::ExitCode;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicI32, Ordering};
+use std::thread;
+
+use anyhow::{Context, bail};
+use clap::Parser;
+use clap::error::ErrorKind;
+use host_harness::hypervisor::SynicPort;
+use host_harness::vm::serial::{PORTS, SerialBackend, SerialOption};
+use host_harness::vm::{ExitReason, Vm, VmConfig, VmError};
+use host_harness::vmbus::{Server, ServerConfig, Trace};
+use signal_hook::consts::{SIGHUP, SIGINT, SIGTERM};
+use signal_hook::iterator::Signals;
+use tracing_subscriber::EnvFilter;
+
+use crate::cli::{Cli, Command, OnCrash, RunArgs};
+
+/// Exit status for what the user can correct.
+const USAGE: u8 = 2;
+
+fn main() -> ExitCode {
+    let cli = match Cli::try_parse() {
+        Ok(cli) => cli,
+        Err(error) => {
+            if matches!(
+                error.kind(),
+                ErrorKind::DisplayHelp
+                    | ErrorKind::DisplayVersion
+                    | ErrorKind::DisplayHelpOnMissingArgumentOrSubcommand
+            ) {
+                error.exit();
+            }
+            report(&cli::one_line(&error));
+            return ExitCode::from(USAGE);
+        }
+    };
+    let filter = EnvFilter::try_from_default_env().unwrap_or_else(|_| EnvFilter::new("warn"));
+    tracing_subscriber::fmt()
+        .with_env_filter(filter)
+        .with_ansi(std::io::stderr().is_terminal())
+        .with_writer(std::io::stderr)
+        .init();
+    let Command::Run(args) = cli.command;
+    match run(args) {
+        Ok(status) => ExitCode::from(status),
+        Err(error) => {
+            report(&format!("{error:#}"));
+            let status = error
+                .downcast_ref::<VmError>()
+                .map_or(USAGE, VmError::exit_status);
+            ExitCode::from(status)
+        }
+    }
+}
+
+/// Prints the one line that says why the program ends.
+fn report(message: &str) {
+    let line = message.replace('\n', " ");
+    // Without stderr there is nobody to tell.
+    let _ = writeln!(std::io::stderr(), "host-harness: {line}");
+}
+
+fn run(args: RunArgs) -> anyhow::Result<u8> {
+    let mut config = VmConfig::new(&args.kernel);
+    config.initrd = args.initrd;
+    config.cmdline = args.cmdline;
+    config.cpus = args.cpus;
+    config.memory = args.memory.0;
+    config.serial = serial(args.serial)?;
+    config.reboot = !args.no_reboot;
+    config.run_after_crash = args.on_crash == OnCrash::Continue;
+    let cpus = config.cpus;
+
+    let mut vm = Vm::new(config)?;
+    let server = if args.no_vmbus {
+        None
+    } else {
+        let trace = args
+            .trace
+            .map(|path| {
+                Trace::create(&path)
+                    .map(Arc::new)
+                    .with_context(|| format!("trace {}", path.display()))
+            })
+            .transpose()?;
+        let synic: Arc<dyn SynicPort> = vm.synic();
+        let config = ServerConfig {
+            max_version: args.vmbus_max_version,
+            vp_count: cpus,
+            trace,
+        };
+        let server = Server::new(vm.memory(), synic, config);
+        vm.set_message_sink(server.clone());
+        Some(server)
+    };
+    let counters = args
+        .counters
+        .map(|path| {
+            File::create(&path)
+                .with_context(|| format!("counters {}", path.display()))
+                .map(|file| (file, path))
+        })
+        .transpose()?;
+
+    // From here on signals end the VM in order, so that the terminal and the disks are left well.
+    let mut signals = Signals::new([SIGINT, SIGTERM, SIGHUP]).context("catching signals")?;
+    let handle = vm.start()?;
+    let caught = Arc::new(AtomicI32::new(0));
+    {
+        let (stop, caught) = (handle.stopper(), caught.clone());
+        thread::Builder::new()
+            .name("signals".into())
+            .spawn(move || {
+                for signal in &mut signals {
+                    caught.store(signal, Ordering::SeqCst);
+                    stop();
+                }
+            })
+            .context("starting a thread")?;
+    }
+
+    let end = loop {
+        if let Some(end) = handle.wait_timeout(std::time::Duration::from_secs(3600)) {
+            break end;
+        }
+    };
+    if let Some((file, path)) = counters {
+        let report = serde_json::json!({
+            "vm": handle.counters(),
+            "vmbus": server.as_ref().map(|server| server.status()),
+        });
+        serde_json::to_writer_pretty(file, &report)
+            .with_context(|| format!("counters {}", path.display()))?;
+    }
+    drop(handle);
+    if let Some(server) = server {
+        if !server.shutdown() {
+            report("a device did not stop in time");
+        }
+    }
+
+    let end = end?;
+    match end {
+        ExitReason::Stopped => match caught.load(Ordering::SeqCst) {
+            0 => Ok(0),
+            signal => {
+                report(&format!("ended by signal {signal}"));
+                Ok(128u8.saturating_add(u8::try_from(signal).unwrap_or(0)))
+            }
+        },
+        ExitReason::Crash(_) | ExitReason::TripleFault { .. } => {
+            report(&end.to_string());
+            Ok(end.exit_status())
+        }
+        ExitReason::PowerOff | ExitReason::Reset => Ok(end.exit_status()),
+    }
+}
+
+/// The backends of the serial ports, from the options in their order.
+fn serial(options: Vec<SerialOption>) -> anyhow::Result<[SerialBackend; PORTS.len()]> {
+    if options.len() > PORTS.len() {
+        bail!("--serial may be given {} times", PORTS.len());
+    }
+    if options
+        .iter()
+        .filter(|o| **o == SerialOption::Stdio)
+        .count()
+        > 1
+    {
+        bail!("--serial stdio may be given only once");
+    }
+    let mut backends = [SerialBackend::Stdio, SerialBackend::None];
+    for (backend, option) in backends.iter_mut().zip(options) {
+        *backend = option.into();
+    }
+    Ok(backends)
+}
