@@ -284,6 +284,11 @@ pub(super) struct ChannelControl {
 }
 
 impl ChannelControl {
+    /// The guest signalled by other means than the hypervisor's.
+    pub(super) fn signalled(&self) {
+        notify(&self.shared.signal);
+    }
+
     /// Ends all use of the rings for writing. When this returns, no writer touches the ring any
     /// more; the reader ends its wait and fails at its next call.
     pub(super) fn stop(&self) {

@@ -8,9 +8,12 @@
 use std::collections::BTreeMap;
 use std::fmt;
 
-use hv_proto::gpadl::{GpadlAssembler, GpadlError as ProtoError, GpadlItem, Progress};
+use hv_proto::gpadl::{GpadlError, GpadlItem};
 use hv_proto::ids::{ChannelId, GpadlId};
-use hv_proto::message::{GpadlBody, GpadlHeader};
+use hv_proto::message::{
+    GpadlBody, GpadlCreated, GpadlHeader, GpadlTeardown, GpadlTorndown, STATUS_UNSUCCESSFUL,
+};
+use hv_proto::server::{Gpadl, GpadlDecision, GpadlRefused, TeardownDecision, refuse_gpadl};
 use zerocopy::little_endian::U64;
 
 use super::gpa::{GpaError, GuestBuffer, GuestMem, PAGE_SIZE, page_address};
@@ -23,9 +26,9 @@ pub const MAX_PAGES: usize = 1 << 20;
 
 /// Why the host refuses a GPADL.
 #[derive(Debug, PartialEq, Eq)]
-pub(super) enum Refusal {
+pub(super) enum Reason {
     /// The description is wrong.
-    Description(ProtoError),
+    Description(GpadlError),
     /// A page is not guest memory.
     Page(GpaError),
     /// The number is in use.
@@ -34,7 +37,7 @@ pub(super) enum Refusal {
     TooMany,
 }
 
-impl fmt::Display for Refusal {
+impl fmt::Display for Reason {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
             Self::Description(e) => e.fmt(f),
@@ -45,263 +48,232 @@ impl fmt::Display for Refusal {
     }
 }
 
+/// What came of a part of a description.
+#[derive(Debug)]
+pub(super) enum Taken {
+    /// More parts must follow.
+    More,
+    /// It is complete: send this.
+    Created(GpadlCreated),
+    /// The guest cannot have it: send this. Nothing is kept of it.
+    Refused(GpadlCreated, Reason),
+    /// There is no such GPADL in the making; it may have been refused before.
+    Unknown,
+}
+
 struct Range {
     byte_count: u32,
     byte_offset: u32,
     first_page: usize,
 }
 
-struct Gpadl {
-    channel: ChannelId,
-    serial: u64,
-    /// `Some` until the description is complete.
-    assembler: Option<GpadlAssembler>,
+/// What a description describes.
+#[derive(Default)]
+struct Pages {
     ranges: Vec<Range>,
     pfns: Vec<u64>,
-    /// Rings and views that use it.
-    users: u32,
-    /// The guest wants it back; it gets it when `users` is 0.
-    teardown: bool,
+    /// The first page that is not guest memory.
+    error: Option<GpaError>,
 }
 
-/// What came of a part of a description.
-#[derive(Debug, PartialEq, Eq)]
-pub(super) enum Added {
-    /// More parts follow.
-    More,
-    /// The GPADL of this channel is complete.
-    Complete(ChannelId),
-    /// There is no such GPADL in the making; it may have been refused before.
-    Unknown,
+impl Pages {
+    fn take(&mut self, mem: &GuestMem, item: GpadlItem) {
+        match item {
+            GpadlItem::Range {
+                byte_count,
+                byte_offset,
+                ..
+            } => self.ranges.push(Range {
+                byte_count,
+                byte_offset,
+                first_page: self.pfns.len(),
+            }),
+            GpadlItem::Pfn(pfn) => {
+                if let Err(e) = page_address(mem, pfn) {
+                    self.error.get_or_insert(e);
+                }
+                self.pfns.push(pfn);
+            }
+        }
+    }
 }
 
-/// What came of a request to tear down.
-#[derive(Debug, PartialEq, Eq)]
-pub(super) enum Teardown {
-    /// The guest has its memory back.
-    Done,
-    /// It is in use; the guest gets it later.
-    Later,
-    /// There is no such GPADL of that channel.
-    Unknown,
+struct Entry {
+    machine: Gpadl,
+    /// Tells it from an earlier one with the same number.
+    serial: u64,
+    pages: Pages,
 }
 
 /// All GPADLs of a connection, by their number.
 #[derive(Default)]
 pub(super) struct GpadlTable {
-    map: BTreeMap<GpadlId, Gpadl>,
+    map: BTreeMap<GpadlId, Entry>,
     pages: usize,
     next_serial: u64,
 }
 
-/// Checks items of a description, and adds them.
-fn sink<'a>(
-    mem: &'a GuestMem,
-    ranges: &'a mut Vec<Range>,
-    pfns: &'a mut Vec<u64>,
-    error: &'a mut Option<GpaError>,
-) -> impl FnMut(GpadlItem) + 'a {
-    move |item| match item {
-        GpadlItem::Range {
-            byte_count,
-            byte_offset,
-            ..
-        } => ranges.push(Range {
-            byte_count,
-            byte_offset,
-            first_page: pfns.len(),
-        }),
-        GpadlItem::Pfn(pfn) => {
-            if let Err(e) = page_address(mem, pfn) {
-                error.get_or_insert(e);
-            }
-            pfns.push(pfn);
-        }
-    }
-}
-
 impl GpadlTable {
-    /// Takes GPADL_HEADER.
-    ///
-    /// # Errors
-    /// The GPADL is refused; nothing is kept of it.
-    pub(super) fn start(
-        &mut self,
-        mem: &GuestMem,
-        header: &GpadlHeader,
-        words: &[U64],
-    ) -> Result<Added, Refusal> {
+    /// Takes GPADL_HEADER for a channel that may have GPADLs.
+    pub(super) fn start(&mut self, mem: &GuestMem, header: &GpadlHeader, words: &[U64]) -> Taken {
         let channel = header.channel_id;
+        let refused = |why| Taken::Refused(refuse_gpadl(header), why);
         if self.map.contains_key(&header.gpadl_id) {
-            return Err(Refusal::InUse);
+            return refused(Reason::InUse);
         }
-        let mine = self.map.values().filter(|g| g.channel == channel).count();
+        let mine = self.map.values();
+        let mine = mine.filter(|g| g.machine.channel_id() == channel).count();
         if mine >= MAX_PER_CHANNEL {
-            return Err(Refusal::TooMany);
+            return refused(Reason::TooMany);
         }
-        let (mut ranges, mut pfns, mut error) = (Vec::new(), Vec::new(), None);
-        let started =
-            GpadlAssembler::start(header, words, sink(mem, &mut ranges, &mut pfns, &mut error));
-        let (assembler, progress) = started.map_err(Refusal::Description)?;
-        if let Some(error) = error {
-            return Err(Refusal::Page(error));
+        let mut pages = Pages::default();
+        let (machine, decision) = match Gpadl::create(header, words, |item| pages.take(mem, item)) {
+            Ok(created) => created,
+            Err(GpadlRefused { answer, error }) => {
+                return Taken::Refused(answer, Reason::Description(error));
+            }
+        };
+        if let Some(error) = pages.error {
+            return refused(Reason::Page(error));
         }
-        if self.pages + pfns.len() > MAX_PAGES {
-            return Err(Refusal::TooMany);
+        if self.pages + pages.pfns.len() > MAX_PAGES {
+            return refused(Reason::TooMany);
         }
-        self.pages += pfns.len();
+        self.pages += pages.pfns.len();
+        let serial = self.next_serial;
         self.next_serial += 1;
-        let complete = progress == Progress::Complete;
         self.map.insert(
             header.gpadl_id,
-            Gpadl {
-                channel,
-                serial: self.next_serial,
-                assembler: (!complete).then_some(assembler),
-                ranges,
-                pfns,
-                users: 0,
-                teardown: false,
+            Entry {
+                machine,
+                serial,
+                pages,
             },
         );
-        Ok(if complete {
-            Added::Complete(channel)
-        } else {
-            Added::More
-        })
+        match decision {
+            GpadlDecision::Wait => Taken::More,
+            GpadlDecision::Created(answer) => Taken::Created(answer),
+        }
     }
 
     /// Takes GPADL_BODY.
-    ///
-    /// # Errors
-    /// The GPADL of this channel is refused; nothing is kept of it.
-    pub(super) fn add(
-        &mut self,
-        mem: &GuestMem,
-        body: &GpadlBody,
-        words: &[U64],
-    ) -> Result<Added, (ChannelId, Refusal)> {
-        let Some(gpadl) = self.map.get_mut(&body.gpadl_id) else {
-            return Ok(Added::Unknown);
+    pub(super) fn add(&mut self, mem: &GuestMem, body: &GpadlBody, words: &[U64]) -> Taken {
+        let Some(entry) = self.map.get_mut(&body.gpadl_id) else {
+            return Taken::Unknown;
         };
-        let Some(assembler) = &mut gpadl.assembler else {
-            return Ok(Added::Unknown);
+        let pages = &mut entry.pages;
+        let before = pages.pfns.len();
+        let added = entry
+            .machine
+            .body(body, words, |item| pages.take(mem, item));
+        self.pages += pages.pfns.len() - before;
+        let reason = match (added, pages.error) {
+            (None, _) => return Taken::Unknown,
+            (Some(Err(refused)), _) => Reason::Description(refused.error),
+            (_, Some(error)) => Reason::Page(error),
+            _ if self.pages > MAX_PAGES => Reason::TooMany,
+            (Some(Ok(GpadlDecision::Wait)), None) => return Taken::More,
+            (Some(Ok(GpadlDecision::Created(answer))), None) => return Taken::Created(answer),
         };
-        let channel = gpadl.channel;
-        let before = gpadl.pfns.len();
-        let mut error = None;
-        let added = assembler.add(
-            body,
-            words,
-            sink(mem, &mut gpadl.ranges, &mut gpadl.pfns, &mut error),
-        );
-        let more = gpadl.pfns.len() - before;
-        self.pages += more;
-        let refusal = match (added, error) {
-            (Err(e), _) => Refusal::Description(e),
-            (_, Some(e)) => Refusal::Page(e),
-            _ if self.pages > MAX_PAGES => Refusal::TooMany,
-            (Ok(Progress::More), None) => return Ok(Added::More),
-            (Ok(Progress::Complete), None) => {
-                gpadl.assembler = None;
-                return Ok(Added::Complete(channel));
-            }
+        let answer = GpadlCreated {
+            channel_id: entry.machine.channel_id(),
+            gpadl_id: body.gpadl_id,
+            status: STATUS_UNSUCCESSFUL.into(),
         };
         self.remove(body.gpadl_id);
-        Err((channel, refusal))
+        Taken::Refused(answer, reason)
     }
 
     fn remove(&mut self, id: GpadlId) {
-        if let Some(gpadl) = self.map.remove(&id) {
-            self.pages -= gpadl.pfns.len();
+        if let Some(entry) = self.map.remove(&id) {
+            self.pages -= entry.pages.pfns.len();
         }
     }
 
-    fn usable(&mut self, channel: ChannelId, id: GpadlId) -> Option<&mut Gpadl> {
-        self.map
-            .get_mut(&id)
-            .filter(|g| g.channel == channel && g.assembler.is_none() && !g.teardown)
-    }
-
     /// The pages of a GPADL that is to hold rings: whole pages in one range. It is in use until
-    /// [`GpadlTable::release`].
+    /// [`GpadlTable::end_use`].
     pub(super) fn use_for_rings(
         &mut self,
         channel: ChannelId,
         id: GpadlId,
     ) -> Option<(u64, Vec<u64>)> {
-        let gpadl = self.usable(channel, id)?;
-        let [range] = gpadl.ranges.as_slice() else {
+        let entry = self.map.get_mut(&id)?;
+        let [range] = entry.pages.ranges.as_slice() else {
             return None;
         };
-        let bytes = gpadl.pfns.len().checked_mul(PAGE_SIZE as usize)?;
-        if range.byte_offset != 0 || range.byte_count as usize != bytes {
+        let bytes = entry.pages.pfns.len().checked_mul(PAGE_SIZE as usize)?;
+        let whole = range.byte_offset == 0 && range.byte_count as usize == bytes;
+        if !whole || !entry.machine.start_use(channel) {
             return None;
         }
-        gpadl.users += 1;
-        Some((gpadl.serial, gpadl.pfns.clone()))
+        Some((entry.serial, entry.pages.pfns.clone()))
     }
 
-    /// The memory of a GPADL. It is in use until [`GpadlTable::release`].
+    /// The memory of a GPADL. It is in use until [`GpadlTable::end_use`].
     pub(super) fn view(
         &mut self,
         mem: &GuestMem,
         channel: ChannelId,
         id: GpadlId,
     ) -> Option<Result<(u64, GuestBuffer), GpaError>> {
-        let gpadl = self.usable(channel, id)?;
+        let entry = self.map.get_mut(&id)?;
         let mut buffer = GuestBuffer::empty(mem);
-        for range in &gpadl.ranges {
-            let pfns = gpadl.pfns.iter().skip(range.first_page).copied();
+        for range in &entry.pages.ranges {
+            let pfns = entry.pages.pfns.iter().skip(range.first_page).copied();
             match GuestBuffer::from_pfns(mem, range.byte_offset, range.byte_count, pfns) {
                 Ok(part) => buffer.append(part),
                 Err(e) => return Some(Err(e)),
             }
         }
-        gpadl.users += 1;
-        Some(Ok((gpadl.serial, buffer)))
+        entry
+            .machine
+            .start_use(channel)
+            .then_some(Ok((entry.serial, buffer)))
     }
 
-    /// One use ends. Returns whether the GPADL is torn down by that.
-    pub(super) fn release(&mut self, id: GpadlId, serial: u64) -> bool {
-        let Some(gpadl) = self.map.get_mut(&id).filter(|g| g.serial == serial) else {
-            return false;
-        };
-        gpadl.users = gpadl.users.saturating_sub(1);
-        let done = gpadl.users == 0 && gpadl.teardown;
-        if done {
-            self.remove(id);
-        }
-        done
-    }
-
-    /// The guest wants a GPADL back.
-    pub(super) fn teardown(&mut self, channel: ChannelId, id: GpadlId) -> Teardown {
-        let Some(gpadl) = self.map.get_mut(&id).filter(|g| g.channel == channel) else {
-            return Teardown::Unknown;
-        };
-        if gpadl.users > 0 {
-            gpadl.teardown = true;
-            return Teardown::Later;
-        }
+    /// One use ends. Returns what to send if the guest waits for that.
+    pub(super) fn end_use(&mut self, id: GpadlId, serial: u64) -> Option<GpadlTorndown> {
+        let entry = self.map.get_mut(&id).filter(|g| g.serial == serial)?;
+        let answer = entry.machine.end_use()?;
         self.remove(id);
-        Teardown::Done
+        Some(answer)
+    }
+
+    /// The guest wants a GPADL back. Returns what to send; `None` if it is in use, so that the
+    /// answer must wait.
+    ///
+    /// # Errors
+    /// The request makes no sense; the text says why.
+    pub(super) fn teardown(
+        &mut self,
+        request: &GpadlTeardown,
+    ) -> Result<Option<GpadlTorndown>, &'static str> {
+        let id = request.gpadl_id;
+        let entry = self.map.get_mut(&id).ok_or("no such GPADL")?;
+        match entry.machine.teardown(request) {
+            TeardownDecision::Torndown(answer) => {
+                self.remove(id);
+                Ok(Some(answer))
+            }
+            TeardownDecision::Later => Ok(None),
+            TeardownDecision::Ignore => Err("another channel's, or asked twice"),
+        }
     }
 
     /// The guest has let go of a channel, and so of its GPADLs.
     pub(super) fn forget_channel(&mut self, channel: ChannelId) {
         let mut pages = 0;
         self.map.retain(|_, g| {
-            let keep = g.channel != channel;
+            let keep = g.machine.channel_id() != channel;
             if !keep {
-                pages += g.pfns.len();
+                pages += g.pages.pfns.len();
             }
             keep
         });
         self.pages -= pages;
     }
 
-    /// The connection is over. Serial numbers go on, so that late releases match nothing.
+    /// The connection is over. Serial numbers go on, so that late ends of use match nothing.
     pub(super) fn clear(&mut self) {
         self.map.clear();
         self.pages = 0;

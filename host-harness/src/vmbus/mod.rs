@@ -12,11 +12,13 @@
 //! is closed.
 
 mod channel;
+mod connection;
 mod counters;
 mod device;
 mod gpa;
 mod gpadl;
 mod monitor;
+mod offers;
 mod ring;
 mod server;
 mod trace;
@@ -30,8 +32,7 @@ pub use counters::{CounterSnapshot, Counters};
 pub use gpa::{GpaError, GuestBuffer, GuestMem, GuestSlice, PAGE_SIZE};
 pub use gpadl::{MAX_PAGES, MAX_PER_CHANNEL};
 pub use server::{
-    ChannelState, ChannelStatus, DeviceHandle, OfferError, OfferHandle, Server, ServerConfig,
-    Status,
+    ChannelStatus, DeviceHandle, OfferError, OfferHandle, Server, ServerConfig, Status,
 };
 pub use trace::{Direction, Trace};
 pub use vsp::{OfferParams, OpenError, OpenParams, Vsp};

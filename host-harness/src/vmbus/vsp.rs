@@ -9,6 +9,7 @@
 
 use hv_proto::guid::Guid;
 use hv_proto::ids::VpIndex;
+use hv_proto::message::{OfferFlags, USER_DATA_SIZE};
 use hv_proto::version::Version;
 
 use super::channel::HostChannel;
@@ -23,7 +24,7 @@ pub struct OpenParams {
     /// The version that the bus has negotiated.
     pub version: Version,
     /// Data of the guest's driver for the VSP, not looked at by the server.
-    pub user_data: [u8; 120],
+    pub user_data: [u8; USER_DATA_SIZE],
 }
 
 /// Why a VSP refuses to open a channel. The guest gets a failure status; the text is logged.
@@ -61,12 +62,12 @@ pub struct OfferParams {
     pub class: Guid,
     /// Identifies this device; two live devices of one server cannot have the same.
     pub instance: Guid,
-    /// Flags of the offer (`chn_flags`), 0 for most devices.
-    pub flags: u16,
+    /// Flags of the offer, none for most devices.
+    pub flags: OfferFlags,
     /// Memory-mapped I/O space that the guest should set aside, in MiB.
     pub mmio_megabytes: u16,
     /// Data for the guest's driver.
-    pub user_defined: [u8; 120],
+    pub user_defined: [u8; USER_DATA_SIZE],
     /// If set, the guest signals through monitor pages instead of a hypercall, and the server
     /// looks at these pages about once in this time. `None` for most devices: looking costs host
     /// time for ever, while a signal costs nothing when it is not sent.
@@ -80,9 +81,9 @@ impl OfferParams {
             name: name.into(),
             class,
             instance,
-            flags: 0,
+            flags: OfferFlags::empty(),
             mmio_megabytes: 0,
-            user_defined: [0; 120],
+            user_defined: [0; USER_DATA_SIZE],
             monitor_latency: None,
         }
     }
