@@ -1,0 +1,122 @@
+// SPDX-License-Identifier: MIT OR Apache-2.0
+
+//! `check`: formatting and lints, of cargo's crates and of the kernel modules. Every warning is an error.
+
+use std::{fs, path::Path};
+
+use anyhow::{Context, Result, bail};
+
+use crate::{
+    cache::Cache,
+    cargo::Workspace,
+    checkout, cmd, host,
+    host::KvmChoice,
+    kernel::{self, Build, KernelSource},
+    kmod,
+    root::{self, BuildRoot},
+    ui::Step,
+};
+
+/// Checks everything.
+///
+/// # Errors
+///
+/// Names the first check that found something, with what it printed.
+pub fn run(cache: &Cache, source: &KernelSource) -> Result<()> {
+    let lock = cache.lock_setup()?;
+    host::ensure_packages(&KvmChoice::Direct, &cache.log_path("packages"))?;
+    let cargo = |title: &str, arguments: &[&str]| -> Result<()> {
+        let log = cache.log_path("check");
+        let mut step = Step::start(title, &log, 200)?;
+        let result = cmd::run_logged(
+            cmd::cargo().current_dir(checkout()).args(arguments),
+            &mut step,
+        );
+        finish(step, result, &log)
+    };
+    cargo("cargo fmt", &["fmt", "--all", "--check"])?;
+    cargo(
+        "cargo clippy",
+        &[
+            "clippy",
+            "--locked",
+            "--workspace",
+            "--all-targets",
+            "--",
+            "--deny=warnings",
+        ],
+    )?;
+
+    let workspace = Workspace::load()?;
+    let root = root::ensure(cache, &lock)?;
+    let kernel = kernel::ensure(cache, &lock, &root, source, false)?;
+    let directory = cache.temporary("check")?;
+    let work = directory.path().join("build");
+    let sources = kmod::sources()?;
+    kmod::copy_sources(&sources, &work)?;
+
+    let log = cache.log_path("check");
+    let mut step = Step::start("rustfmt of the kernel", &log, 10)?;
+    let files: Vec<&Path> = sources
+        .iter()
+        .map(std::path::PathBuf::as_path)
+        .filter(|path| path.extension().is_some_and(|extension| extension == "rs"))
+        .collect();
+    let result = format_check(&root, &kernel, &work, &files, &mut step);
+    finish(step, result, &log)?;
+
+    // `W=e` turns the warnings of all compilers into errors.
+    let mut step = Step::start("clippy of the kernel", &log, 40)?;
+    let result = kmod::make(
+        &root,
+        &kernel,
+        &workspace.bitflags,
+        &work,
+        "CLIPPY=1 W=e modules",
+        &mut step,
+    );
+    finish(step, result, &log)
+}
+
+/// Ends a check; a failed one shows all that it printed.
+fn finish(step: Step, result: Result<()>, log: &Path) -> Result<()> {
+    if let Err(error) = result {
+        drop(step);
+        if error.downcast_ref::<cmd::Interrupted>().is_some() {
+            return Err(error);
+        }
+        eprint!("{}", fs::read_to_string(log).unwrap_or_default());
+        bail!("the check found something (see above)");
+    }
+    step.done();
+    Ok(())
+}
+
+/// Runs the kernel's rustfmt, with the kernel's settings, over the modules' sources.
+fn format_check(
+    root: &BuildRoot,
+    kernel: &kernel::Kernel,
+    work: &Path,
+    files: &[&Path],
+    step: &mut Step,
+) -> Result<()> {
+    let names: Vec<String> = files
+        .iter()
+        .map(|path| root::quote(&path.to_string_lossy()))
+        .collect();
+    let source = match &kernel.build {
+        Build::Root { source, .. } => source.clone(),
+        // The build tree's link to its sources.
+        Build::Tree(tree) => fs::canonicalize(tree.join("source")).unwrap_or(tree.clone()),
+    };
+    root.script(format!(
+        "cd {}; rustfmt --check --edition 2021 --config-path {}/.rustfmt.toml {}",
+        root::WORK,
+        root::SOURCE,
+        names.join(" ")
+    ))
+    .read(&source, root::SOURCE)
+    .read(work, root::WORK)
+    .run(step)
+    .context("rustfmt")
+}

@@ -1,0 +1,92 @@
+#!/bin/busybox sh
+# SPDX-License-Identifier: MIT OR Apache-2.0
+#
+# The guest's first process. The kernel command line says what to do:
+#
+#   viridian.drivers=rust|c|none  drivers to load (default: none)
+#   viridian.vmbus=K=V,K=V        parameters of vmbus_drv
+#   viridian.storvsc=K=V,K=V      parameters of storvsc or hv_storvsc
+#   viridian.root=DEVICE          switch to the system on this disk (/dev/NAME or LABEL=NAME);
+#                                 without it stay here, with the agent on the second serial port
+#   viridian.shell                a shell on the console too, when staying here
+#   viridian.size=ROWSxCOLUMNS    size of the user's terminal
+
+/bin/busybox --install -s /bin
+export PATH=/bin HOME=/ TERM=linux
+
+mount -t proc proc /proc
+mount -t sysfs sysfs /sys
+mount -t devtmpfs devtmpfs /dev
+mount -t tmpfs -o mode=755,nosuid,nodev tmpfs /run
+mkdir -p /dev/pts /dev/shm
+mount -t devpts -o mode=620,ptmxmode=666 devpts /dev/pts
+mount -t tmpfs tmpfs /dev/shm
+mount -t tmpfs tmpfs /tmp
+mount -t debugfs debugfs /sys/kernel/debug
+ip link set lo up 2> /dev/null
+
+drivers=none root= shell= vmbus= storvsc=
+for word in $(cat /proc/cmdline); do
+    case $word in
+        viridian.drivers=*) drivers=${word#*=} ;;
+        viridian.vmbus=*) vmbus=$(echo "${word#*=}" | tr , ' ') ;;
+        viridian.storvsc=*) storvsc=$(echo "${word#*=}" | tr , ' ') ;;
+        viridian.root=*) root=${word#*=} ;;
+        viridian.shell) shell=1 ;;
+    esac
+done
+
+fail() {
+    echo "initramfs: $*"
+    # With `panic=` on the command line this ends or restarts the machine, as a user expects.
+    exit 1
+}
+
+modprobe sd_mod
+case $drivers in
+    rust)
+        modprobe vmbus_drv $vmbus || fail "cannot load vmbus_drv"
+        modprobe storvsc $storvsc || fail "cannot load storvsc"
+        ;;
+    c)
+        modprobe hv_storvsc $storvsc || fail "cannot load hv_storvsc"
+        ;;
+    none) ;;
+    *) fail "viridian.drivers=$drivers is neither rust nor c nor none" ;;
+esac
+
+if [ -n "$root" ]; then
+    modprobe ext4
+    tries=0
+    while :; do
+        case $root in
+            LABEL=*) device=$(findfs "$root" 2> /dev/null) ;;
+            *) device=$root ;;
+        esac
+        [ -b "$device" ] && break
+        tries=$((tries + 1))
+        [ $tries -gt 600 ] && fail "the root disk $root did not appear"
+        usleep 50000
+    done
+    mount -t ext4 -o rw,noatime "$device" /mnt || fail "cannot mount $device"
+    # What the system on the disk does not have: the agent, and the modules of this build.
+    mkdir -p /run/viridian
+    cp /bin/guest-agent /run/viridian/
+    cp -r "/lib/modules/$(uname -r)/updates" /run/viridian/modules
+    umount /sys/kernel/debug /dev/pts /dev/shm /tmp
+    for directory in dev proc sys run; do
+        mount --move /$directory /mnt/$directory
+    done
+    exec switch_root /mnt /sbin/init
+fi
+
+modprobe ext4
+if [ -n "$shell" ]; then
+    guest-agent /dev/ttyS1 &
+    setsid cttyhack sh
+else
+    # `wait` also takes the processes that commands leave behind.
+    guest-agent /dev/ttyS1 &
+    wait $!
+fi
+poweroff -f

@@ -1,0 +1,77 @@
+#!/bin/busybox sh
+# SPDX-License-Identifier: MIT OR Apache-2.0
+#
+# The L1 VM's first process: makes the machine's files visible at their own places, to read only, and
+# runs one command there. /ctl (shared, to read and write) has what to do and takes the exit status.
+#
+#   /ctl/command   the command, for /bin/sh
+#   /ctl/writable  lines "TAG PATH": shares to mount over PATH, to read and write
+#   /ctl/keep      lines PATH: what of the machine's /tmp must stay visible
+#   /ctl/stdin     exists: the command reads what comes in by the first port
+
+/bin/busybox --install -s /bin
+export PATH=/bin
+
+mount -t proc proc /proc
+mount -t sysfs sysfs /sys
+mount -t devtmpfs devtmpfs /dev
+
+fail() {
+    echo "L1: $*"
+    poweroff -f
+}
+
+for module in 9pnet_virtio 9p kvm_amd; do
+    modprobe $module || fail "cannot load $module"
+done
+
+share() {
+    mount -t 9p -o "trans=virtio,version=9p2000.L,msize=262144,$3" "$1" "$2"
+}
+
+mkdir -p /host /ctl /keep
+share ctl /ctl cache=none || fail "cannot mount the control share"
+share host /host ro,cache=loose || fail "cannot mount the machine's files"
+
+# Makes a place like $1 at $2, and shows $1 there.
+show() {
+    if [ -d "$1" ]; then
+        mkdir -p "$2"
+    else
+        mkdir -p "${2%/*}"
+        touch "$2"
+    fi
+    mount --bind "$1" "$2" || fail "cannot keep $1"
+}
+
+while read -r path; do show "/host$path" "/keep$path"; done < /ctl/keep
+
+mount -t tmpfs tmpfs /host/tmp
+mount -t tmpfs tmpfs /host/run
+mount --bind /dev /host/dev
+mkdir -p /dev/pts /dev/shm
+mount -t devpts devpts /host/dev/pts
+mount -t tmpfs tmpfs /host/dev/shm
+mount --bind /proc /host/proc
+mount --bind /sys /host/sys
+chmod 1777 /host/tmp /host/dev/shm
+ln -s /proc/self/fd /dev/fd
+ip link set lo up
+
+while read -r path; do show "/keep$path" "/host$path"; done < /ctl/keep
+while read -r tag path; do
+    mkdir -p "/host$path"
+    share "$tag" "/host$path" cache=none || fail "cannot mount $path"
+done < /ctl/writable
+
+mkdir /host/tmp/.l1
+mount --bind /ctl /host/tmp/.l1
+
+# Ports appear when the host has answered the driver.
+while [ ! -e /dev/vport0p3 ]; do usleep 10000; done
+input=/dev/null
+[ -e /ctl/stdin ] && input=/dev/vport0p1
+
+chroot /host /bin/sh /tmp/.l1/command < $input > /dev/vport0p2 2> /dev/vport0p3
+echo $? > /ctl/status
+poweroff -f

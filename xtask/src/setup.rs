@@ -1,0 +1,206 @@
+// SPDX-License-Identifier: MIT OR Apache-2.0
+
+//! The whole set-up, in order, and what it gives.
+
+use std::{fs, path::PathBuf};
+
+use anyhow::{Context, Result, bail};
+
+use crate::{
+    Unmet,
+    cache::{Cache, SetupLock},
+    cargo::Workspace,
+    host::{self, KvmChoice},
+    initramfs,
+    kernel::{self, Kernel, KernelSource},
+    kmod,
+    l1::L1,
+    root, rootfs,
+};
+
+/// Everything that `boot` and `test` need.
+pub struct Ready {
+    /// Where guests run.
+    pub kvm: KvmChoice,
+    /// The guest's kernel.
+    pub kernel: Kernel,
+    /// The directory of the project's modules.
+    pub modules: PathBuf,
+    /// The harness.
+    pub harness: PathBuf,
+    /// The guest's initramfs.
+    pub initramfs: PathBuf,
+    /// The Debian guest's disk.
+    pub debian: PathBuf,
+    /// Cargo's target directory.
+    pub target: PathBuf,
+    /// The L1 VM's initramfs, where one is used.
+    pub l1: Option<PathBuf>,
+}
+
+/// Does everything that is not yet done.
+///
+/// # Errors
+///
+/// Those of the steps.
+pub fn run(cache: &Cache, source: &KernelSource, update: bool) -> Result<Ready> {
+    let kvm = KvmChoice::probe();
+    let lock = cache.lock_setup()?;
+    host::ensure_packages(&kvm, &cache.log_path("packages"))?;
+    let workspace = Workspace::load()?;
+    let root = root::ensure(cache, &lock)?;
+    let kernel = kernel::ensure(cache, &lock, &root, source, update)?;
+    let modules = kmod::ensure(cache, &lock, &root, &kernel, &workspace.bitflags)?;
+    let agent = workspace.agent(cache)?;
+    let initramfs = initramfs::ensure_guest(cache, &lock, &root, &kernel, &modules, &agent)?;
+    let debian = rootfs::ensure(cache, &lock, &root, &kernel)?;
+    let l1 = if kvm.is_direct() {
+        None
+    } else {
+        Some(initramfs::ensure_l1(cache, &lock, &root, &kernel)?)
+    };
+    let harness = workspace.harness(cache)?;
+    Ok(Ready {
+        kvm,
+        kernel,
+        modules,
+        harness,
+        initramfs,
+        debian,
+        target: workspace.target,
+        l1,
+    })
+}
+
+/// Builds only the modules and gives their directory.
+///
+/// # Errors
+///
+/// Those of the steps.
+pub fn modules(cache: &Cache, source: &KernelSource) -> Result<PathBuf> {
+    let lock: SetupLock = cache.lock_setup()?;
+    host::ensure_packages(&KvmChoice::Direct, &cache.log_path("packages"))?;
+    let workspace = Workspace::load()?;
+    let root = root::ensure(cache, &lock)?;
+    let kernel = kernel::ensure(cache, &lock, &root, source, false)?;
+    kmod::ensure(cache, &lock, &root, &kernel, &workspace.bitflags)
+}
+
+/// How much memory the L1 VM has beyond that of a guest in it, in MiB: its kernel, the harness, and what
+/// guests write to their throw-away disks.
+const L1_OVERHEAD: u64 = 2048;
+
+impl Ready {
+    /// The VM that a guest of this size runs in, if one is needed.
+    pub fn l1(&self, guest_memory: u64) -> Option<L1> {
+        self.l1.as_ref().map(|initramfs| L1 {
+            kernel: self.kernel.image.clone(),
+            initramfs: initramfs.clone(),
+            memory: guest_memory + L1_OVERHEAD,
+            cpus: 1,
+            timeout: None,
+            writable: Vec::new(),
+            keep: self.paths(),
+        })
+    }
+
+    /// The places that a run reads.
+    fn paths(&self) -> Vec<PathBuf> {
+        let mut paths = vec![
+            self.kernel.image.clone(),
+            self.kernel.modules.clone(),
+            self.modules.clone(),
+            self.harness.clone(),
+            self.initramfs.clone(),
+            self.debian.clone(),
+        ];
+        paths.extend(std::env::current_exe().ok());
+        paths
+    }
+
+    /// What the tests are told, as JSON.
+    pub fn manifest(&self, artefacts: &std::path::Path) -> serde_json::Value {
+        let text = |path: &std::path::Path| path.to_string_lossy().into_owned();
+        serde_json::json!({
+            "kvm": if self.kvm.is_direct() { "direct" } else { "nested" },
+            "harness": text(&self.harness),
+            "kernel": text(&self.kernel.image),
+            "kernel_release": self.kernel.release,
+            "kernel_modules": text(&self.kernel.modules),
+            "initramfs": text(&self.initramfs),
+            "rootfs": text(&self.debian),
+            "modules_dir": text(&self.modules),
+            "artefacts": text(artefacts),
+        })
+    }
+}
+
+/// A size such as `512M` or `2G`, in MiB. Without a letter it is in MiB.
+///
+/// # Errors
+///
+/// When it is none, or none of at least 64 MiB.
+pub fn parse_memory(text: &str) -> Result<u64> {
+    let (number, factor) = match text.strip_suffix(['M', 'm']) {
+        Some(number) => (number, 1),
+        None => match text.strip_suffix(['G', 'g']) {
+            Some(number) => (number, 1024),
+            None => (text, 1),
+        },
+    };
+    match number
+        .parse::<u64>()
+        .ok()
+        .and_then(|number| number.checked_mul(factor))
+    {
+        Some(size) if (64..=1 << 20).contains(&size) => Ok(size),
+        _ => bail!("not a size of memory from 64M to 1024G: {text}"),
+    }
+}
+
+/// A disk of the user's own that keeps what the guest writes: a copy of the Debian disk, made at first use.
+///
+/// # Errors
+///
+/// When it cannot be copied.
+pub fn kept_disk(ready: &Ready, path: &std::path::Path) -> Result<()> {
+    if path.exists() {
+        return Ok(());
+    }
+    let Some(parent) = path.parent().filter(|parent| parent.is_dir()) else {
+        bail!(Unmet(format!(
+            "{}: its directory does not exist",
+            path.display()
+        )));
+    };
+    // Complete or not there at all, like everything else.
+    let temporary = parent.join(format!(".viridian-{}.img", std::process::id()));
+    let result = crate::cmd::output(
+        std::process::Command::new("cp")
+            .args(["--sparse=always", "--reflink=auto", "--no-preserve=mode"])
+            .arg(&ready.debian)
+            .arg(&temporary),
+    )
+    .and_then(|_| fs::rename(&temporary, path).context("cannot rename"));
+    if let Err(error) = result {
+        // The error that follows says what is wrong.
+        let _ = fs::remove_file(&temporary);
+        return Err(error).with_context(|| format!("cannot make {}", path.display()));
+    }
+    Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn memory_sizes() {
+        for (text, size) in [("512M", 512), ("2G", 2048), ("1024", 1024), ("64m", 64)] {
+            assert_eq!(parse_memory(text).unwrap(), size);
+        }
+        for text in ["", "G", "-1", "12", "1.5G", "99999999999999999999G", "1T"] {
+            assert!(parse_memory(text).is_err(), "{text}");
+        }
+    }
+}
