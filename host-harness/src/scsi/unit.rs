@@ -6,6 +6,7 @@ use super::inquiry::{self, Facts, MAX_UNMAP_BLOCKS, MAX_UNMAP_DESCRIPTORS, MAX_W
 use super::{Completion, Data, mode};
 use crate::disk::{Disk, DiskError, FaultInjector, IoBuf, OpenDisk};
 use hv_proto::scsi::{AdditionalSense, Blocks, Command, Sense, SenseKey};
+use serde::Serialize;
 use std::collections::VecDeque;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Mutex, MutexGuard, PoisonError};
@@ -17,7 +18,7 @@ const MAX_VERIFY: u64 = 1 << 30;
 const PIECE: u64 = 1 << 20;
 
 /// What a logical unit has done so far.
-#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize)]
 pub struct UnitCounters {
     /// Commands of any kind.
     pub commands: u64,

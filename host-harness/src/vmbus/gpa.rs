@@ -202,6 +202,19 @@ impl GuestBuffer {
         Ok(())
     }
 
+    /// The contiguous slices of the whole buffer, in order, for vectored I/O.
+    ///
+    /// # Errors
+    /// None, by the invariant of the type.
+    pub fn slices(&self) -> Result<Vec<GuestSlice<'_>>, GpaError> {
+        let slice = |segment: &Segment| {
+            self.mem
+                .get_slice(segment.addr, segment.len)
+                .map_err(|_| GpaError::NotMemory(segment.addr.raw_value() >> PAGE_SHIFT))
+        };
+        self.segments.iter().map(slice).collect()
+    }
+
     /// Copies bytes from the guest: fills `buf` from `offset` on.
     ///
     /// # Errors

@@ -1,3 +1,6 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
 
-//! Service providers: the host ends of the synthetic devices.
+//! Service providers (VSPs): the host ends of the synthetic devices. Each is a
+//! [`crate::vmbus::Vsp`], offered to the guest by the VMBus server.
+
+pub mod storvsp;
