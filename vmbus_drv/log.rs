@@ -1,0 +1,32 @@
+// SPDX-License-Identifier: GPL-2.0
+
+//! Messages about what the host does, which must not fill the log however often it does it.
+
+use crate::raw;
+use kernel::fmt;
+
+/// Shows a value of [`hv_proto`], which implements the formatting traits of `core`, in a message of
+/// the kernel, which has its own.
+pub struct Show<T>(pub T);
+
+impl<T: core::fmt::Display> fmt::Display for Show<T> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        self.0.fmt(f)
+    }
+}
+
+/// Whether one more message is all right now.
+pub(crate) fn is_allowed() -> bool {
+    // SAFETY: Always safe to call, from any context.
+    unsafe { raw::vmbus_helper_ratelimit() }
+}
+
+/// As `pr_warn!`, but not too often.
+macro_rules! warn_limited {
+    ($($arg:tt)*) => {
+        if $crate::log::is_allowed() {
+            ::kernel::pr_warn!($($arg)*);
+        }
+    };
+}
+pub(crate) use warn_limited;
