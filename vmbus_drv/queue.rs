@@ -20,7 +20,7 @@ use kernel::{
 /// # Invariants
 ///
 /// The pointer is to a work queue that is owned by this value.
-pub(crate) struct OwnedQueue(NonNull<bindings::workqueue_struct>);
+pub struct OwnedQueue(NonNull<bindings::workqueue_struct>);
 
 // SAFETY: Work queues can be used and destroyed from any thread.
 unsafe impl Send for OwnedQueue {}
@@ -35,31 +35,35 @@ impl OwnedQueue {
     }
 
     /// A queue that runs one work item at a time, in the order in which they came.
-    pub(crate) fn ordered(name: &'static CStr) -> Result<Self> {
+    ///
+    /// # Errors
+    ///
+    /// `ENOMEM`, as for the other kinds of queues.
+    pub fn ordered(name: &'static CStr) -> Result<Self> {
         // SAFETY: `name` is a C string.
         Self::from_new(unsafe { raw::vmbus_helper_alloc_ordered_queue(name.as_char_ptr()) })
     }
 
     /// A queue that runs work items side by side, on any CPU.
-    pub(crate) fn unbound(name: &'static CStr) -> Result<Self> {
+    pub fn unbound(name: &'static CStr) -> Result<Self> {
         // SAFETY: `name` is a C string.
         Self::from_new(unsafe { raw::vmbus_helper_alloc_unbound_queue(name.as_char_ptr()) })
     }
 
     /// A queue that runs a work item soon, on the CPU that queued it.
-    pub(crate) fn per_cpu(name: &'static CStr) -> Result<Self> {
+    pub fn per_cpu(name: &'static CStr) -> Result<Self> {
         // SAFETY: `name` is a C string.
         Self::from_new(unsafe { raw::vmbus_helper_alloc_percpu_queue(name.as_char_ptr()) })
     }
 
     /// A queue that runs a work item in softirq context, on the CPU that queued it.
-    pub(crate) fn softirq(name: &'static CStr) -> Result<Self> {
+    pub fn softirq(name: &'static CStr) -> Result<Self> {
         // SAFETY: `name` is a C string.
         Self::from_new(unsafe { raw::vmbus_helper_alloc_bh_queue(name.as_char_ptr()) })
     }
 
     /// Waits for all work that is queued now.
-    pub(crate) fn flush(&self) {
+    pub fn flush(&self) {
         // SAFETY: By the type invariants the queue is valid.
         unsafe { bindings::__flush_workqueue(self.0.as_ptr()) };
     }

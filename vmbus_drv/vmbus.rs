@@ -70,10 +70,12 @@ pub use self::{
     },
     log::Show,
     memory::SharedBuffer,
+    queue::OwnedQueue,
     stats::{
         Counter,
         Stats, //
     },
+    wait::Event,
 };
 pub use hv_proto::packet::PageRange as GpaRange;
 

@@ -13,7 +13,7 @@ use kernel::{
 
 /// An event that happens once and that threads can wait for, for a limited time.
 #[pin_data]
-pub(crate) struct Event {
+pub struct Event {
     #[pin]
     completion: Opaque<bindings::completion>,
 }
@@ -26,7 +26,7 @@ unsafe impl Sync for Event {}
 
 impl Event {
     /// An event that has not happened.
-    pub(crate) fn new() -> impl PinInit<Self> {
+    pub fn new() -> impl PinInit<Self> {
         pin_init!(Self {
             completion <- Opaque::ffi_init(|slot| {
                 // SAFETY: `slot` is valid for writes and will stay where it is.
@@ -36,13 +36,13 @@ impl Event {
     }
 
     /// Makes the event happen; wakes everyone. Can be called from any context.
-    pub(crate) fn set(&self) {
+    pub fn set(&self) {
         // SAFETY: `self.completion` is initialized.
         unsafe { bindings::complete_all(self.completion.get()) };
     }
 
     /// Waits until the event happens, at most `ms` milliseconds. Returns whether it happened.
-    pub(crate) fn wait(&self, ms: u32) -> bool {
+    pub fn wait(&self, ms: u32) -> bool {
         // SAFETY: Always safe to call.
         let jiffies = unsafe { raw::vmbus_helper_msecs_to_jiffies(ms) };
         // SAFETY: `self.completion` is initialized.
