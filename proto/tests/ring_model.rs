@@ -16,8 +16,8 @@ use loom::cell::UnsafeCell;
 use loom::sync::atomic::{fence, AtomicU32, Ordering};
 use loom::sync::Notify;
 use std::cell::Cell;
+use std::rc::Rc;
 use std::sync::atomic::{AtomicU8, Ordering::Relaxed};
-use std::sync::Arc;
 
 /// What one run leaves out.
 #[derive(Clone, Copy, PartialEq, Eq)]
@@ -31,8 +31,9 @@ enum Flaw {
     Acquire(Field),
 }
 
-/// Memory that both ends share. The reference count is not part of the model, and a counter that loom
-/// knew would panic once more while the panic of a flawed run unwinds.
+/// Memory that both ends share. loom runs its threads one after the other on a single one, so `Rc` may
+/// cross them. It is not part of the model: a counter that
+/// loom knew would panic once more while the panic of a flawed run unwinds.
 struct Shared {
     control: [AtomicU32; Field::ALL.len()],
     /// loom checks accesses to the cells; a cell stands for 8 bytes.
@@ -44,13 +45,13 @@ struct Shared {
 
 /// One end's view of the memory.
 struct Ring {
-    shared: Arc<Shared>,
+    shared: Rc<Shared>,
     last_store: Cell<Option<Field>>,
 }
 
 impl Ring {
     fn pair(data_len: usize, flaw: Flaw) -> (Self, Self) {
-        let shared = Arc::new(Shared {
+        let shared = Rc::new(Shared {
             control: std::array::from_fn(|_| AtomicU32::new(0)),
             cells: (0..data_len / 8).map(|_| UnsafeCell::new(())).collect(),
             bytes: (0..data_len).map(|_| AtomicU8::new(0)).collect(),
@@ -129,8 +130,8 @@ fn run(data_len: usize, packets: u64, flaw: Flaw) {
     model.preemption_bound = Some(4);
     model.check(move || {
         let (writer, reader) = Ring::pair(data_len, flaw);
-        let data = Arc::new(Notify::new());
-        let space = Arc::new(Notify::new());
+        let data = Rc::new(Notify::new());
+        let space = Rc::new(Notify::new());
 
         let thread = {
             let (data, space) = (data.clone(), space.clone());
