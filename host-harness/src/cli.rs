@@ -6,6 +6,7 @@ use std::path::PathBuf;
 use std::str::FromStr;
 
 use clap::{ArgAction, Args, Parser, Subcommand, ValueEnum};
+use host_harness::disk::DiskOptions;
 use host_harness::vm::MAX_CPUS;
 use host_harness::vm::serial::SerialOption;
 use hv_proto::version::Version;
@@ -36,6 +37,22 @@ Exit status:
   3  the guest crashed: it wrote the crash registers, or a processor had a triple fault
   128+N  ended by signal N
 
+Disks (--disk):
+  path      the image, a file or block device; a comma in it is written twice
+  format    raw, qcow2 or vhd (fixed or dynamic). Without it the ending of the name decides, raw if it says
+            nothing; an image whose contents say something else is refused
+  readonly  on: the guest may not write
+  snapshot  on: what the guest writes goes to a temporary file and is forgotten
+  bus       scsi (default), or ide: an IDE position, named by controller and target (0 or 1 each)
+  controller, channel, target, lun
+            the SCSI address [default: 0, 0, 0, and the lowest free unit]
+  id        a name for the disk, from which its SCSI identity is made
+  serial    the serial number that the guest sees
+  logical_block_size, physical_block_size
+            512 or 4096; a power of two [default: of the format]
+  fault     read:FIRST-LAST, write:FIRST-LAST or all:FIRST-LAST: these blocks give media errors. A testing
+            aid; may be repeated
+
 Keys on a terminal (--serial stdio):
   Ctrl-A x       end the virtual machine
   Ctrl-A Ctrl-A  send Ctrl-A to the guest
@@ -45,7 +62,8 @@ Environment:
   RUST_LOG  what to log to stderr, such as `info` or `host_harness::vmbus=debug` (default: warn)
 
 Example:
-  host-harness run --kernel vmlinuz --initrd initrd.img --append 'console=ttyS0' --cpus 2 --memory 1G";
+  host-harness run --kernel vmlinuz --initrd initrd.img --append 'console=ttyS0' --cpus 2 --memory 1G \\
+    --disk path=root.vhd --disk path=data.qcow2,snapshot=on";
 
 /// Options of `run`.
 #[derive(Debug, Args)]
@@ -81,6 +99,21 @@ pub struct RunArgs {
     /// use is ttyS0, the second ttyS1 [default: stdio, none]
     #[arg(long, value_name = "WHERE", action = ArgAction::Append)]
     pub serial: Vec<SerialOption>,
+
+    /// A disk: path=FILE[,format=raw|qcow2|vhd][,readonly=on][,snapshot=on][,bus=scsi|ide][,controller=N]
+    /// [,channel=N][,target=N][,lun=N][,id=NAME][,serial=TEXT][,logical_block_size=N]
+    /// [,physical_block_size=N]; see below. May be repeated
+    #[arg(long, value_name = "KEY=VALUE,...", action = ArgAction::Append, conflicts_with = "no_vmbus")]
+    pub disk: Vec<DiskOptions>,
+
+    /// Number of SCSI controllers that are there even without disks
+    #[arg(long, value_name = "N", default_value_t = 1, value_parser = clap::value_parser!(u8).range(0..=4))]
+    pub scsi_controllers: u8,
+
+    /// Sub-channels that the guest may open on each SCSI controller [default: one less than there are
+    /// processors]
+    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u16).range(0..=63))]
+    pub scsi_sub_channels: Option<u16>,
 
     /// End with status 0 when the guest resets itself, instead of booting again
     #[arg(long)]

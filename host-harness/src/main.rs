@@ -18,6 +18,7 @@ use host_harness::hypervisor::SynicPort;
 use host_harness::vm::serial::{PORTS, SerialBackend, SerialOption};
 use host_harness::vm::{ExitReason, Vm, VmConfig, VmError};
 use host_harness::vmbus::{Server, ServerConfig, Trace};
+use host_harness::vsp::storvsp::{Storage, StorageConfig};
 use signal_hook::consts::{SIGHUP, SIGINT, SIGTERM};
 use signal_hook::iterator::Signals;
 use tracing_subscriber::EnvFilter;
@@ -80,6 +81,19 @@ fn run(args: RunArgs) -> anyhow::Result<u8> {
     config.run_after_crash = args.on_crash == OnCrash::Continue;
     let cpus = config.cpus;
 
+    // Before there is a machine: a bad image is reported even where there is no KVM.
+    let processors = u16::try_from(cpus).unwrap_or(u16::MAX);
+    let storage = Storage::new(StorageConfig {
+        scsi_controllers: args.scsi_controllers,
+        max_sub_channels: args
+            .scsi_sub_channels
+            .unwrap_or(processors.saturating_sub(1)),
+        ..StorageConfig::default()
+    })?;
+    for disk in &args.disk {
+        storage.add_disk(disk)?;
+    }
+
     let mut vm = Vm::new(config)?;
     let server = if args.no_vmbus {
         None
@@ -100,6 +114,7 @@ fn run(args: RunArgs) -> anyhow::Result<u8> {
         };
         let server = Server::new(vm.memory(), synic, config);
         vm.set_message_sink(server.clone());
+        storage.connect(&server)?;
         Some(server)
     };
     let counters = args
@@ -137,6 +152,8 @@ fn run(args: RunArgs) -> anyhow::Result<u8> {
         let report = serde_json::json!({
             "vm": handle.counters(),
             "vmbus": server.as_ref().map(|server| server.status()),
+            "controllers": storage.controllers(),
+            "disks": storage.disks(),
         });
         serde_json::to_writer_pretty(file, &report)
             .with_context(|| format!("counters {}", path.display()))?;
@@ -147,6 +164,8 @@ fn run(args: RunArgs) -> anyhow::Result<u8> {
             report("a device did not stop in time");
         }
     }
+    // Closes the images.
+    drop(storage);
 
     let end = end?;
     match end {

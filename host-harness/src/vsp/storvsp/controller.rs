@@ -56,7 +56,7 @@ impl Position {
     /// How the device is offered. The instance GUID is the same in every run, so that what a
     /// guest remembers about its disks stays true. For an IDE drive it is the one that Hyper-V
     /// uses: bytes 4 and 5 are the drive, which is the target number for Linux.
-    fn offer(self) -> OfferParams {
+    pub fn offer(self) -> OfferParams {
         let (class, instance) = match self.bus {
             Bus::Scsi => {
                 let mut id = *hv_proto::guid!("1a9fd5c2-7b64-4c3e-9d20-5653435349ff").as_bytes();

@@ -115,6 +115,8 @@ pub struct DiskStatus {
 pub struct ControllerStatus {
     /// Its name.
     pub name: String,
+    /// The instance GUID of its offer, as the guest's sysfs names the device.
+    pub instance: String,
     /// Version of the storage protocol that the guest uses.
     pub version: Option<String>,
     /// What it has done.
@@ -464,6 +466,7 @@ impl Storage {
         let state = self.lock();
         let status = |(position, entry): (&Position, &Entry)| ControllerStatus {
             name: position.name(),
+            instance: position.offer().instance.to_string(),
             version: entry
                 .controller
                 .version()
