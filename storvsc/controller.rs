@@ -215,9 +215,8 @@ impl Controller {
 
     /// Lets no more maintenance begin, and waits for what is going on. Sleeps.
     pub(crate) fn stop(&self) {
-        // Out of the lock: destroying the queue sleeps.
-        let queue = self.queue.lock().take();
-        drop(queue);
+        // Dropping the queue waits, so that it is done out of the lock.
+        let _queue = self.queue.lock().take();
     }
 
     /// Ends all commands in flight on a channel that has gone or is damaged, and with the primary

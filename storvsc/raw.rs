@@ -6,18 +6,21 @@
 //! Types that the kernel's own bindings define in full come from there, so that there is one Rust
 //! type for each C type.
 
-// Generated code: the same lints are allowed as in the kernel's own `bindings` crate.
 #![allow(
     clippy::all,
+    clippy::cast_lossless,
+    clippy::ptr_as_ptr,
+    clippy::ref_as_ptr,
     clippy::undocumented_unsafe_blocks,
     dead_code,
+    improper_ctypes,
     missing_docs,
     non_camel_case_types,
-    non_upper_case_globals,
     non_snake_case,
-    improper_ctypes,
+    non_upper_case_globals,
     unreachable_pub,
-    unsafe_op_in_unsafe_fn
+    unsafe_op_in_unsafe_fn,
+    reason = "generated from C"
 )]
 
 use kernel::{

@@ -375,7 +375,7 @@ impl<T: Operations> Callbacks<T> {
         cmd_size: size_of::<Private>() as ffi::c_uint,
         queuecommand: Some(Self::queuecommand),
         module: this_module::<T::OwnerModule>().as_ptr(),
-        name: T::NAME.as_ptr().cast(),
+        name: T::NAME.to_bytes_with_nul().as_ptr(),
         eh_host_reset_handler: Some(Self::eh_host_reset_handler),
         sdev_init: Some(Self::sdev_init),
         sdev_configure: Some(Self::sdev_configure),
@@ -383,7 +383,7 @@ impl<T: Operations> Callbacks<T> {
         map_queues: Some(Self::map_queues),
         bios_param: Some(Self::bios_param),
         eh_timed_out: Some(Self::eh_timed_out),
-        proc_name: T::NAME.as_ptr().cast(),
+        proc_name: T::NAME.to_bytes_with_nul().as_ptr(),
         this_id: -1,
         virt_boundary_mask: T::VIRT_BOUNDARY_MASK as ffi::c_ulong,
         // `track_queue_depth` and `no_write_same`, bits 1 and 6. (bindgen's setters are not const.)
