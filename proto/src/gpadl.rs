@@ -54,6 +54,7 @@ use crate::ids::{ChannelId, GpadlId};
 use crate::message::{
     GpadlBody, GpadlHeader, Message, MessageBuf, GPADL_BODY_PFNS, GPADL_HEADER_PFNS,
 };
+use crate::packet::pages_spanned;
 use crate::PAGE_SIZE;
 use core::fmt;
 use zerocopy::little_endian::{U16, U32, U64};
@@ -63,18 +64,11 @@ use zerocopy::IntoBytes;
 const RANGE_HEADER_SIZE: u32 = 8;
 /// Bytes of a frame number.
 const PFN_SIZE: u32 = 8;
-const PAGE: u64 = PAGE_SIZE as u64;
 
 /// Most pages of one GPADL of a single range: the length of the ranges has 16 bits.
 pub const MAX_PAGES: u32 = (u16::MAX as u32 - RANGE_HEADER_SIZE) / PFN_SIZE;
 
 const _: () = assert!(MAX_PAGES == 8190);
-
-/// Number of pages that `byte_count` bytes touch which start `byte_offset` bytes into a page.
-#[inline]
-const fn pages_spanned(byte_count: u32, byte_offset: u32) -> u64 {
-    (byte_count as u64 + byte_offset as u64).div_ceil(PAGE)
-}
 
 /// Why a GPADL cannot be described, or a description cannot be taken.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -252,7 +246,7 @@ fn check_range(byte_count: u32, byte_offset: u32) -> Result<u32, GpadlError> {
     if byte_offset as usize >= PAGE_SIZE {
         return Err(GpadlError::InvalidOffset { byte_offset });
     }
-    let pages = pages_spanned(byte_count, byte_offset);
+    let pages = pages_spanned(byte_offset, byte_count);
     match u32::try_from(pages) {
         Ok(pages) if pages <= MAX_PAGES => Ok(pages),
         _ => Err(GpadlError::TooLarge { pages }),

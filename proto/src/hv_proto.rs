@@ -19,8 +19,9 @@
 //!
 //! # Where the facts come from
 //!
-//! TLFS is Microsoft's "Hypervisor Top-Level Functional Specification". Where it is silent (it
-//! does not describe VMBus), the headers of Linux 7.3 are named.
+//! TLFS is Microsoft's "Hypervisor Top-Level Functional Specification"; its chapters are named by
+//! their titles. Where it is silent (it does not describe VMBus), the headers of Linux 7.3 are
+//! named.
 
 #![cfg_attr(not(any(test, CONFIG_RUST)), no_std)]
 #![forbid(unsafe_code)]
@@ -48,5 +49,5 @@ pub mod version;
 
 /// Size of one page of the bus, in bytes: GPADLs, rings, SynIC and monitor pages all count in it.
 ///
-/// Source: TLFS section 1.5 ("guest physical address space" in pages of 4 KB), `HV_HYP_PAGE_SIZE`.
+/// Source: `HV_HYP_PAGE_SIZE` in `hyperv/hvgdk_mini.h`.
 pub const PAGE_SIZE: usize = 4096;

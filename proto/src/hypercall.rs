@@ -2,8 +2,8 @@
 
 //! Hypercalls: codes, statuses, and the inputs of the two that VMBus uses.
 //!
-//! Source: TLFS chapter 3 "Hypercall Interface" and sections 11.10 (HvPostMessage) and 11.11
-//! (HvSignalEvent); `hyperv/hvgdk_mini.h`.
+//! Source: TLFS, "Hypercall Interface", HvCallPostMessage and HvCallSignalEvent;
+//! `hyperv/hvgdk_mini.h`, `drivers/hv/hyperv_vmbus.h`.
 //!
 //! ```
 //! use hv_proto::hypercall::{HypercallCode, HypercallInput, SignalEvent};
@@ -21,7 +21,7 @@ use zerocopy::FromZeros;
 use zerocopy_derive::{FromBytes, Immutable, IntoBytes, KnownLayout, Unaligned};
 
 open_enum! {
-    /// Which hypercall is made (TLFS appendix A, `HVCALL_*`).
+    /// Which hypercall is made (`HVCALL_*`).
     pub struct HypercallCode: u16 {
         /// HvFlushVirtualAddressSpace.
         FLUSH_VIRTUAL_ADDRESS_SPACE = 0x0002,
@@ -53,7 +53,7 @@ open_enum! {
 }
 
 open_enum! {
-    /// What a hypercall came to (TLFS appendix B, `HV_STATUS_*`).
+    /// What a hypercall came to (`HV_STATUS_*`).
     pub struct HvStatus: u16 {
         /// Done.
         SUCCESS = 0x0000,
@@ -110,7 +110,7 @@ impl HvStatus {
     }
 }
 
-/// The control word of a hypercall, in RCX (TLFS section 3.7).
+/// The control word of a hypercall, in RCX (TLFS, "Hypercall Interface").
 #[derive(Clone, Copy, PartialEq, Eq, Hash, Debug)]
 pub struct HypercallInput(u64);
 
@@ -187,13 +187,13 @@ impl HypercallInput {
     }
 }
 
-/// The status in the result of a hypercall, RAX (TLFS section 3.8: bits 15:0).
+/// The status in the result of a hypercall, RAX (TLFS, "Hypercall Interface": bits 15:0).
 #[inline]
 pub const fn status_of(result: u64) -> HvStatus {
     HvStatus::new(result as u16)
 }
 
-/// Input of HvPostMessage, 256 bytes at a multiple of 8 within one page (TLFS section 11.10,
+/// Input of HvPostMessage, 256 bytes at a multiple of 8 within one page (TLFS, HvCallPostMessage;
 /// `struct hv_input_post_message`).
 #[derive(Clone, Copy, FromBytes, IntoBytes, Immutable, KnownLayout, Unaligned)]
 #[repr(C)]
@@ -263,8 +263,8 @@ impl core::fmt::Debug for PostMessage {
     }
 }
 
-/// Input of HvSignalEvent, 8 bytes: connection in bits 31:0, flag number in bits 47:32 (TLFS
-/// section 11.11).
+/// Input of HvSignalEvent, 8 bytes: connection in bits 31:0, flag number in bits 47:32 (TLFS,
+/// HvCallSignalEvent).
 #[derive(Clone, Copy, PartialEq, Eq, Hash, Debug)]
 pub struct SignalEvent(u64);
 

@@ -96,7 +96,8 @@ id! {
 id! {
     /// A connection of the hypervisor, the address of HvPostMessage and HvSignalEvent.
     ///
-    /// Only the low 24 bits are the number (TLFS section 11.6, `HV_CONNECTION_ID`).
+    /// Only the low 24 bits are the number (`union hv_connection_id` in
+    /// `hyperv/hvgdk.h`).
     ConnectionId
 }
 
@@ -113,8 +114,8 @@ id! {
 
 /// Number of channel ids: 0 is never used, so 1 to 2047 are.
 ///
-/// One event-flag page slot has 2048 flags (TLFS section 11.9; `HV_EVENT_FLAGS_COUNT` in
-/// `hyperv/hvhdk.h`, `MAX_CHANNEL_RELIDS` in `drivers/hv/hyperv_vmbus.h`).
+/// One event-flag page slot has 2048 flags (`HV_EVENT_FLAGS_COUNT` in `hyperv/hvhdk.h`,
+/// `MAX_CHANNEL_RELIDS` in `drivers/hv/hyperv_vmbus.h`).
 pub const MAX_CHANNELS: usize = 2048;
 
 impl ChannelId {
@@ -178,7 +179,7 @@ impl ConnectionId {
     /// (`VMBUS_MESSAGE_CONNECTION_ID_REDIRECT`).
     pub const MESSAGE_REDIRECT: Self = Self::new(0x80_0074);
 
-    /// The bits that count (TLFS section 11.6).
+    /// The bits that count (`union hv_connection_id`).
     pub const MASK: u32 = 0x00ff_ffff;
 
     /// Whether the number fits into the 24 bits that a connection id has.

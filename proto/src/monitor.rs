@@ -9,7 +9,7 @@
 //! fields, with atomic operations; [`MonitorPage`] is the layout, and [`MonitorId`] knows where the
 //! fields of one id stand.
 //!
-//! Source: TLFS section 11.5 "Monitored notifications"; `struct hv_monitor_page` in
+//! Source: TLFS, "Monitored Notifications"; `struct hv_monitor_page` in
 //! `drivers/hv/hyperv_vmbus.h`.
 //!
 //! ```

@@ -5,8 +5,8 @@
 //! Each virtual processor has a message page (SIMP) and an event-flags page (SIEFP), each with one
 //! slot of 256 bytes for each of its 16 interrupt sources (SINTs). VMBus uses SINT 2.
 //!
-//! Source: TLFS chapter 11 "Virtual Interrupt Control"; `hyperv/hvgdk_mini.h`,
-//! `hyperv/hvhdk.h`.
+//! Source: TLFS, "Virtual Interrupt Control" and "Inter-Partition Communication";
+//! `hyperv/hvgdk_mini.h`, `hyperv/hvhdk.h`.
 //!
 //! ```
 //! use hv_proto::synic::{HvMessage, SynicMessageType};
@@ -86,7 +86,7 @@ pub const fn slot_offset(sint: u8) -> Option<usize> {
     }
 }
 
-/// A SINT's register (TLFS section 11.8.5, `union hv_synic_sint`).
+/// A SINT's register (`union hv_synic_sint`).
 #[derive(Clone, Copy, PartialEq, Eq, Hash)]
 pub struct Sint(u64);
 
@@ -125,7 +125,7 @@ impl core::fmt::Debug for Sint {
 }
 
 open_enum! {
-    /// Type of a SynIC message. The hypervisor's own have bit 31 set (TLFS section 11.8,
+    /// Type of a SynIC message. The hypervisor's own have bit 31 set (TLFS, HV_MESSAGE_TYPE;
     /// `enum hv_message_type`); others belong to whoever posts them.
     pub struct SynicMessageType: u32 {
         /// The slot is empty.
@@ -140,7 +140,7 @@ open_enum! {
 /// `flags` bit of a message: more messages wait for this slot, so EOM must be written.
 pub const MESSAGE_PENDING: u8 = 1;
 
-/// One message slot of a SIMP page, 256 bytes (TLFS section 11.8, `struct hv_message`).
+/// One message slot of a SIMP page, 256 bytes (TLFS, HV_MESSAGE; `struct hv_message`).
 #[derive(Clone, Copy, FromBytes, IntoBytes, Immutable, KnownLayout, Unaligned)]
 #[repr(C)]
 pub struct HvMessage {

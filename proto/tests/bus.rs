@@ -41,22 +41,47 @@ enum Step {
     ToGuest,
 }
 
+/// Any step; messages travel more often than things happen.
 fn step() -> impl Strategy<Value = Step> {
-    prop_oneof![
-        3 => Just(Step::Create),
-        3 => Just(Step::Open),
-        1 => Just(Step::GiveUpOpen),
-        2 => Just(Step::Close),
-        2 => Just(Step::Teardown),
-        1 => Just(Step::GiveUpTeardown),
-        1 => Just(Step::Release),
-        3 => Just(Step::DeviceOpened(true)),
-        1 => Just(Step::DeviceOpened(false)),
-        3 => Just(Step::DeviceClosed),
-        1 => Just(Step::Rescind),
-        10 => Just(Step::ToHost),
-        8 => Just(Step::ToGuest),
-    ]
+    prop::sample::select(
+        &[
+            Step::Create,
+            Step::Create,
+            Step::Create,
+            Step::Open,
+            Step::Open,
+            Step::Open,
+            Step::GiveUpOpen,
+            Step::Close,
+            Step::Close,
+            Step::Teardown,
+            Step::Teardown,
+            Step::GiveUpTeardown,
+            Step::Release,
+            Step::DeviceOpened(true),
+            Step::DeviceOpened(true),
+            Step::DeviceOpened(true),
+            Step::DeviceOpened(false),
+            Step::DeviceClosed,
+            Step::DeviceClosed,
+            Step::DeviceClosed,
+            Step::Rescind,
+            Step::ToHost,
+            Step::ToHost,
+            Step::ToHost,
+            Step::ToHost,
+            Step::ToHost,
+            Step::ToHost,
+            Step::ToHost,
+            Step::ToHost,
+            Step::ToGuest,
+            Step::ToGuest,
+            Step::ToGuest,
+            Step::ToGuest,
+            Step::ToGuest,
+            Step::ToGuest,
+        ][..],
+    )
 }
 
 struct World {
@@ -357,6 +382,13 @@ impl World {
     /// Lets everything come to its end, with a driver that waits for answers.
     fn settle(&mut self) {
         for _ in 0..200 {
+            let moving = matches!(
+                self.host.state(),
+                server::ChannelState::Opening | server::ChannelState::Closing
+            );
+            if !moving && self.to_host.is_empty() && self.to_guest.is_empty() {
+                return;
+            }
             for step in [
                 Step::ToHost,
                 Step::ToGuest,
@@ -366,7 +398,7 @@ impl World {
                 self.run(step);
             }
         }
-        assert!(self.to_host.is_empty() && self.to_guest.is_empty());
+        panic!("the two sides go on for ever");
     }
 }
 
@@ -412,7 +444,7 @@ fn rescind_of_an_open_channel_ends_with_a_free_id() {
 }
 
 proptest! {
-    #![proptest_config(ProptestConfig::with_cases(1000))]
+    #![proptest_config(ProptestConfig::with_cases(500))]
 
     #[test]
     fn any_schedule(steps in prop::collection::vec(step(), 0..150)) {
