@@ -21,6 +21,10 @@ mod monitor;
 mod offers;
 mod ring;
 mod server;
+#[cfg(test)]
+pub(crate) mod test_guest;
+#[cfg(test)]
+mod tests;
 mod trace;
 mod vsp;
 
