@@ -228,4 +228,20 @@ mod tests {
         assert!(Version::V6_0.has_confidential_channels());
         assert!(!Version::V5_1.supports_isolation() && Version::V5_2.supports_isolation());
     }
+
+    proptest::proptest! {
+        #[test]
+        fn any_text_and_any_number(text in "[0-9.+ v]{0,8}", raw: u32) {
+            if let Ok(version) = text.parse::<Version>() {
+                proptest::prop_assert_eq!(Version::from_raw(version.raw()), Some(version));
+            }
+            if let Some(version) = Version::at_most(raw) {
+                proptest::prop_assert!(version.raw() <= raw);
+                let newer = Version::NEWEST_FIRST.into_iter().filter(|v| *v > version);
+                for version in newer {
+                    proptest::prop_assert!(version.raw() > raw);
+                }
+            }
+        }
+    }
 }
