@@ -36,19 +36,21 @@ use crate::{
 };
 use core::ops::Deref;
 use hv_proto::{
+    client::{
+        self,
+        ChannelError,
+        Outcome, //
+    },
     gpadl::GpadlMessages,
     ids::{
         ChannelId,
         GpadlId, //
     },
     message::{
-        CloseChannel,
-        GpadlTeardown,
+        HostMessage,
         Message,
-        ModifyChannel,
         OfferChannel,
-        OpenChannel as OpenMessage,
-        RelidReleased,
+        RescindChannelOffer,
         USER_DATA_SIZE, //
     },
     packet::{
@@ -249,6 +251,9 @@ pub(crate) struct Opened {
 
 /// What `control` protects.
 struct Control {
+    /// Where the protocol stands.
+    protocol: client::Channel,
+    /// There is an [`OpenChannel`].
     open: bool,
 }
 
@@ -278,8 +283,6 @@ pub struct Channel {
     target_cpu: Atomic<u32>,
     state: Atomic<u32>,
     rescinded: Atomic<bool>,
-    /// The id went back to the host.
-    released: Atomic<bool>,
     /// The bus is being shut down and the device must go.
     leaving: Atomic<bool>,
     opened: RcuArc<Opened>,
@@ -363,6 +366,7 @@ impl Channel {
         primary: Option<Arc<Channel>>,
         target_cpu: u32,
     ) -> Result<Arc<Self>> {
+        let protocol = client::Channel::new(offer.channel_id);
         connection.channel_made();
         Arc::pin_init(
             pin_init!(Self {
@@ -372,11 +376,10 @@ impl Channel {
                 target_cpu: Atomic::new(target_cpu),
                 state: Atomic::new(State::Offered as u32),
                 rescinded: Atomic::new(false),
-                released: Atomic::new(false),
                 leaving: Atomic::new(false),
                 opened: RcuArc::empty(),
                 stats: Stats::new(),
-                control <- new_mutex!(Control { open: false }),
+                control <- new_mutex!(Control { protocol, open: false }),
                 subchannels <- new_mutex!(Subchannels { list: KVec::new(), handler: None }),
                 announcing <- new_mutex!(()),
                 announced: Atomic::new(false),
@@ -517,7 +520,7 @@ impl Channel {
             return Err(ENODEV);
         }
         self.set_state(State::Opening);
-        let result = self.open_rings(params, handler);
+        let result = self.open_rings(&mut control, params, handler);
         match &result {
             Ok(_) => {
                 control.open = true;
@@ -531,6 +534,7 @@ impl Channel {
     /// The part of open with `control` held.
     fn open_rings(
         self: &Arc<Self>,
+        control: &mut Control,
         params: &OpenParams<'_>,
         handler: Arc<dyn Handler>,
     ) -> Result<OpenChannel> {
@@ -567,45 +571,81 @@ impl Channel {
         // From here on, dropping `open` cleans up.
         if self.opened.fill(opened).is_err() {
             // Cannot be: `control` is held and the channel was not open.
-            open.finish(false);
+            open.finish(control);
             return Err(EBUSY);
         }
-        let result = self.ask_to_open(params, open.gpadl_id(), pair.outgoing_pages());
+        let result = self.ask_to_open(
+            &mut control.protocol,
+            params,
+            open.gpadl_id(),
+            pair.outgoing_pages(),
+        );
         match result {
             Ok(()) => Ok(open),
             Err(error) => {
-                // A host that did not answer in time may have opened it all the same.
-                open.finish(error == ETIMEDOUT);
+                open.finish(control);
                 Err(error)
             }
         }
     }
 
-    fn ask_to_open(&self, params: &OpenParams<'_>, ring: GpadlId, second_ring: u32) -> Result {
-        let open_id = self.connection.next_open_id();
-        let message = OpenMessage::new(
-            self.id(),
-            open_id,
-            ring,
-            cpu::vp_index(self.target_cpu()),
-            second_ring,
-            params.user_data,
-        )
-        .ok_or(EINVAL)?;
-        let status = self
-            .connection
-            .ask(Key::Open(self.id(), open_id), Some(self), || {
-                self.connection.post(&message.encode())
-            })?;
-        if status != 0 {
-            pr_err!(
-                "channel {}: host refuses to open it, status {:#x}\n",
-                self.id().get(),
-                status
-            );
-            return Err(EIO);
+    fn ask_to_open(
+        &self,
+        protocol: &mut client::Channel,
+        params: &OpenParams<'_>,
+        ring: GpadlId,
+        second_ring: u32,
+    ) -> Result {
+        let vp = cpu::vp_index(self.target_cpu());
+        let message = protocol
+            .open(ring, vp, second_ring, params.user_data)
+            .map_err(to_errno)?;
+        let key = Key::Open(self.id(), message.open_id);
+        let mut posted = false;
+        let answer = self.connection.ask(key, Some(self), || {
+            self.connection.post(&message.encode())?;
+            posted = true;
+            Ok(())
+        });
+        match answer {
+            Ok(HostMessage::OpenChannelResult(result)) => {
+                match protocol.open_result(&result).map_err(|_| EIO)? {
+                    Outcome::Done => Ok(()),
+                    Outcome::Refused(status) => {
+                        pr_err!(
+                            "channel {}: host refuses to open it, status {:#x}\n",
+                            self.id().get(),
+                            status
+                        );
+                        Err(EIO)
+                    }
+                }
+            }
+            Ok(_) => Err(EIO),
+            Err(error) if !posted => {
+                protocol.open_not_posted();
+                Err(error)
+            }
+            Err(error) => {
+                // The host may open it late, and must not find it so.
+                if self.is_rescinded() {
+                    self.note_rescind(protocol);
+                }
+                if let Some(message) = protocol.open_timed_out() {
+                    // The error has been logged; there is nothing else to be done.
+                    let _ = self.connection.post(&message.encode());
+                }
+                Err(error)
+            }
         }
-        Ok(())
+    }
+
+    /// Lets the protocol know of a rescind.
+    fn note_rescind(&self, protocol: &mut client::Channel) {
+        // The second time is an error there, and no matter here.
+        let _ = protocol.rescind(&RescindChannelOffer {
+            channel_id: self.id(),
+        });
     }
 
     /// Shares `buffer` with the host, for as long as the value that is returned exists.
@@ -955,7 +995,7 @@ impl Channel {
         if !cpu::is_online(new) || !cpu::is_housekeeping(new) {
             return Err(EINVAL);
         }
-        let control = self.control.lock();
+        let mut control = self.control.lock();
         if !control.open {
             return Err(EIO);
         }
@@ -967,22 +1007,27 @@ impl Channel {
             return Ok(());
         }
         let version = self.version();
-        if !version.has_modify_channel() {
-            return Err(EOPNOTSUPP);
-        }
-        let message = ModifyChannel {
-            channel_id: self.id(),
-            target_vp: cpu::vp_index(new),
-        }
-        .encode();
+        let message = control
+            .protocol
+            .modify(cpu::vp_index(new), version)
+            .map_err(to_errno)?
+            .encode();
         if version.has_modify_channel_response() {
-            let status = self
-                .connection
-                .ask(Key::Modify(self.id()), Some(self), || {
-                    self.connection.post(&message)
-                })?;
-            if status != 0 {
-                return Err(EIO);
+            let answer = self.connection.ask(Key::Modify(self.id()), Some(self), || {
+                self.connection.post(&message)
+            });
+            match answer {
+                Ok(HostMessage::ModifyChannelResponse(response)) => {
+                    let outcome = control.protocol.modify_response(&response);
+                    if outcome != Ok(Outcome::Done) {
+                        return Err(EIO);
+                    }
+                }
+                Ok(_) => return Err(EIO),
+                Err(error) => {
+                    control.protocol.modify_timed_out();
+                    return Err(error);
+                }
             }
         } else {
             self.connection.post(&message)?;
@@ -1216,22 +1261,34 @@ impl Channel {
         Ok(registration)
     }
 
-    /// Gives the id back to the host if the channel is gone and nobody has it open.
+    /// Takes the channel out of the table if nobody has it open, and, if the host has rescinded it,
+    /// gives the id back.
     fn release(&self) {
-        if self.control.lock().open || self.released.xchg(true, Full) {
+        let mut control = self.control.lock();
+        if control.open {
             return;
         }
-        self.connection.release(self);
+        let message = self.is_rescinded().then(|| {
+            self.note_rescind(&mut control.protocol);
+            control.protocol.release()
+        });
+        drop(control);
+        match message {
+            // It was released before.
+            Some(None) => {}
+            Some(message) => self.connection.release(self, message),
+            None => self.connection.release(self, None),
+        }
     }
 }
 
-impl Channel {
-    /// The message that gives the id back.
-    pub(crate) fn release_message(&self) -> hv_proto::message::MessageBuf {
-        RelidReleased {
-            channel_id: self.id(),
-        }
-        .encode()
+/// The error number for an error of the protocol.
+fn to_errno(error: ChannelError) -> Error {
+    match error {
+        ChannelError::Rescinded => ENODEV,
+        ChannelError::Busy => EBUSY,
+        ChannelError::NotInVersion => EOPNOTSUPP,
+        _ => EINVAL,
     }
 }
 
@@ -1267,13 +1324,14 @@ impl Drop for SubchannelRegistration {
 /// Memory that the host knows by an id.
 struct GpadlHandle<T> {
     channel: Arc<Channel>,
-    id: GpadlId,
+    /// Where the protocol stands.
+    protocol: client::Gpadl,
     /// What must not be freed before the host has let go of it.
     memory: Arc<T>,
 }
 
 impl<T> GpadlHandle<T> {
-    /// Describes `len` bytes to the host. If the host does not answer, `memory` is leaked.
+    /// Describes `len` bytes to the host.
     fn create(
         channel: &Arc<Channel>,
         len: usize,
@@ -1284,74 +1342,90 @@ impl<T> GpadlHandle<T> {
         let id = connection.next_gpadl_id();
         let len = u32::try_from(len).map_err(|_| EINVAL)?;
         let messages = GpadlMessages::new(channel.id(), id, len, 0, pfn).map_err(|_| EINVAL)?;
+
+        // From here on, dropping it takes the memory back from the host.
+        let mut this = Self {
+            channel: channel.clone(),
+            protocol: client::Gpadl::new(channel.id(), id),
+            memory: memory.clone(),
+        };
+        if !this.protocol.start() {
+            return Err(EBUSY);
+        }
+        let mut posted = false;
         let key = Key::GpadlCreate(channel.id(), id);
-        let mut sent = false;
-        let result = connection.ask(key, Some(channel), || {
+        let answer = connection.ask(key, Some(channel), || {
             for message in messages {
-                sent = true;
                 connection.post(&message)?;
+                posted = true;
             }
             Ok(())
         });
-        match result {
-            Ok(0) => Ok(Self {
-                channel: channel.clone(),
-                id,
-                memory: memory.clone(),
-            }),
-            Ok(status) => {
-                pr_err!(
-                    "channel {}: host refuses {} bytes of memory, status {:#x}\n",
-                    channel.id().get(),
-                    len,
-                    status
-                );
-                Err(EIO)
+        match answer {
+            Ok(HostMessage::GpadlCreated(created)) => {
+                match this.protocol.created(&created).map_err(|_| EIO)? {
+                    Outcome::Done => Ok(this),
+                    Outcome::Refused(status) => {
+                        pr_err!(
+                            "channel {}: host refuses {} bytes of memory, status {:#x}\n",
+                            channel.id().get(),
+                            len,
+                            status
+                        );
+                        Err(EIO)
+                    }
+                }
             }
+            Ok(_) => Err(EIO),
             Err(error) => {
-                // The host may know the memory, or learn of it late.
-                if sent && !channel.is_rescinded() {
-                    drop(Self {
-                        channel: channel.clone(),
-                        id,
-                        memory: memory.clone(),
-                    });
+                if !posted {
+                    this.protocol.not_posted();
                 }
                 Err(error)
             }
         }
     }
-}
 
-impl<T> Drop for GpadlHandle<T> {
-    /// Asks the host to let go of the memory. Without its word, the memory is never freed.
-    fn drop(&mut self) {
+    fn id(&self) -> GpadlId {
+        self.protocol.gpadl_id()
+    }
+
+    /// Asks the host to let go of the memory.
+    fn tear_down(&mut self) {
         let channel = &self.channel;
         // With the channel, the host took back what belongs to it.
         if channel.is_rescinded() {
+            self.protocol.host_let_go();
             return;
         }
-        let message = GpadlTeardown {
-            channel_id: channel.id(),
-            gpadl_id: self.id,
-        }
-        .encode();
-        let result = channel
-            .connection
-            .ask(Key::GpadlTeardown(self.id), Some(channel), || {
-                channel.connection.post(&message)
-            });
-        match result {
-            Ok(_) => {}
-            Err(error) if error == ENODEV && channel.is_rescinded() => {}
-            Err(error) => {
-                pr_err!(
-                    "channel {}: host keeps memory ({:?}), it is lost\n",
-                    channel.id().get(),
-                    error
-                );
-                core::mem::forget(self.memory.clone());
+        let Some(message) = self.protocol.teardown() else {
+            return;
+        };
+        let key = Key::GpadlTeardown(message.gpadl_id);
+        let answer = channel.connection.ask(key, Some(channel), || {
+            channel.connection.post(&message.encode())
+        });
+        match answer {
+            Ok(HostMessage::GpadlTorndown(torn)) => {
+                // It cannot be another one's: the key has the id.
+                let _ = self.protocol.torndown(&torn);
             }
+            Err(_) if channel.is_rescinded() => self.protocol.host_let_go(),
+            _ => self.protocol.teardown_timed_out(),
+        }
+    }
+}
+
+impl<T> Drop for GpadlHandle<T> {
+    /// Without the host's word that it has let go of the memory, that is never freed.
+    fn drop(&mut self) {
+        self.tear_down();
+        if !self.protocol.may_free() {
+            pr_err!(
+                "channel {}: the host keeps memory, it is lost\n",
+                self.channel.id().get()
+            );
+            core::mem::forget(self.memory.clone());
         }
     }
 }
@@ -1367,7 +1441,7 @@ pub struct Gpadl {
 impl Gpadl {
     /// The id by which the host knows the buffer.
     pub fn id(&self) -> GpadlId {
-        self.handle.id
+        self.handle.id()
     }
 
     /// The buffer.
@@ -1395,21 +1469,19 @@ impl OpenChannel {
     fn gpadl_id(&self) -> GpadlId {
         self.gpadl
             .as_ref()
-            .map_or(GpadlId::new(0), |gpadl| gpadl.id)
+            .map_or(GpadlId::new(0), |gpadl| gpadl.id())
     }
 
-    /// Ends it with `control` held. `tell` says whether the host thinks that the channel is open.
-    fn finish(&mut self, tell: bool) {
+    /// Ends it, with `control` held.
+    fn finish(&mut self, control: &mut Control) {
         let channel = &self.channel;
         let opened = channel.opened.replace(None);
-        if tell && !channel.is_rescinded() {
-            let message = CloseChannel {
-                channel_id: channel.id(),
-            }
-            .encode();
-            if let Err(error) = channel.connection.post(&message) {
-                pr_err!("channel {}: not closed: {:?}\n", channel.id().get(), error);
-            }
+        if channel.is_rescinded() {
+            channel.note_rescind(&mut control.protocol);
+        }
+        if let Some(message) = control.protocol.close() {
+            // The error has been logged; there is nothing else to be done.
+            let _ = channel.connection.post(&message.encode());
         }
         // The host lets go of the rings before they are freed with the last reference.
         drop(self.gpadl.take());
@@ -1433,7 +1505,7 @@ impl Drop for OpenChannel {
         let channel = self.channel.clone();
         {
             let mut control = channel.control.lock();
-            self.finish(true);
+            self.finish(&mut control);
             control.open = false;
             channel.set_state(State::Closed);
         }

@@ -34,6 +34,18 @@ use crate::{
     wait::Event, //
 };
 use hv_proto::{
+    client::{
+        self,
+        check_offer,
+        place_offer,
+        Agreed,
+        ContactParams,
+        KnownChannel,
+        OfferError,
+        OfferRules,
+        Placement,
+        Step, //
+    },
     guid,
     guid::Guid,
     hypercall::{
@@ -45,32 +57,26 @@ use hv_proto::{
         ChannelId,
         ConnectionId,
         GpadlId,
-        OpenId,
         MAX_CHANNELS, //
     },
     message::{
-        ContactTarget,
         HostMessage,
-        InitiateContact,
         Message,
         MessageBuf,
         OfferChannel,
-        OfferFlags,
+        RelidReleased,
         RequestOffers,
-        Unload,
-        VersionResponse, //
+        Unload, //
     },
     monitor::MonitorId,
-    synic::{
-        SynicMessageType,
-        VMBUS_SINT, //
-    },
+    synic::SynicMessageType,
     version::Version, //
 };
 use kernel::{
     cpu::nr_cpu_ids,
     device,
     impl_has_work,
+    new_mutex,
     new_work,
     prelude::*,
     sync::{
@@ -83,7 +89,8 @@ use kernel::{
             Release, //
         },
         rcu,
-        Arc, //
+        Arc,
+        Mutex, //
     },
     time::{
         delay::{
@@ -193,6 +200,9 @@ pub(crate) struct Connection {
     /// Parent of all devices: the ACPI device.
     parent: ARef<device::Device>,
     queues: Arc<Queues>,
+    /// Where the protocol stands.
+    #[pin]
+    protocol: Mutex<client::Connection>,
     state: Atomic<u32>,
     /// Agreed version as a raw number, 0 if there is none.
     version: Atomic<u32>,
@@ -203,7 +213,6 @@ pub(crate) struct Connection {
     /// Highest id of a channel that was ever offered.
     highest: Atomic<u32>,
     next_gpadl: Atomic<u32>,
-    next_open: Atomic<u32>,
     /// Before version 5.0, the host is told of signals by a bit in the second half of this page.
     interrupt_page: SharedPage,
     /// Monitored notifications: host to guest, and guest to host.
@@ -214,7 +223,6 @@ pub(crate) struct Connection {
     offers_delivered: Event,
     /// Channels that exist.
     live: Atomic<u32>,
-    unloaded: Atomic<bool>,
 }
 
 impl Connection {
@@ -239,6 +247,7 @@ impl Connection {
             pin_init!(Self {
                 parent,
                 queues,
+                protocol <- new_mutex!(client::Connection::new()),
                 state: Atomic::new(State::Disconnected as u32),
                 version: Atomic::new(0),
                 message_connection: Atomic::new(ConnectionId::MESSAGE.get()),
@@ -246,13 +255,11 @@ impl Connection {
                 channels,
                 highest: Atomic::new(0),
                 next_gpadl: Atomic::new(GpadlId::FIRST.get()),
-                next_open: Atomic::new(1),
                 interrupt_page,
                 monitor_pages,
                 questions <- Questions::new(),
                 offers_delivered <- Event::new(),
                 live: Atomic::new(0),
-                unloaded: Atomic::new(false),
             }),
             GFP_KERNEL,
         )?;
@@ -311,10 +318,6 @@ impl Connection {
         }
     }
 
-    pub(crate) fn next_open_id(&self) -> OpenId {
-        OpenId::new(self.next_open.fetch_add(1, Relaxed))
-    }
-
     pub(crate) fn channel_made(&self) {
         self.live.fetch_add(1, Relaxed);
     }
@@ -350,7 +353,7 @@ impl Connection {
         key: Key,
         channel: Option<&Channel>,
         ask: impl FnOnce() -> Result,
-    ) -> Result<u64> {
+    ) -> Result<HostMessage> {
         self.questions.ask(key, channel, ask)
     }
 
@@ -364,41 +367,43 @@ impl Connection {
     /// Posts a control message. Sleeps if the hypervisor has no room for it.
     pub(crate) fn post(&self, message: &MessageBuf) -> Result {
         let connection = ConnectionId::new(self.message_connection.load(Relaxed));
-        self.post_to(connection, message, |us| {
-            fsleep(Delta::from_micros(i64::from(us)))
-        })
+        self.post_to(connection, message, true, sleep)
+            .map_err(|status| {
+                pr_err!("{:?}: {:?}\n", message.message_type(), status);
+                if status.is_retryable() || status == HvStatus::INVALID_CONNECTION_ID {
+                    EAGAIN
+                } else {
+                    EINVAL
+                }
+            })
     }
 
-    /// The error is `ENXIO` if the host does not know the connection id.
+    /// Posts a message, several times if the hypervisor has no room for it. `patient` also waits
+    /// for a connection that the host may be about to make.
     fn post_to(
         &self,
         connection: ConnectionId,
         message: &MessageBuf,
+        patient: bool,
         delay: impl Fn(u32),
-    ) -> Result {
-        let input =
-            PostMessage::new(connection, SynicMessageType::CHANNEL, message).ok_or(EINVAL)?;
+    ) -> core::result::Result<(), HvStatus> {
+        let input = PostMessage::new(connection, SynicMessageType::CHANNEL, message)
+            .ok_or(HvStatus::INVALID_PARAMETER)?;
         let mut us = 1u32;
+        let mut status = HvStatus::SUCCESS;
         for _ in 0..POST_TRIES {
-            let status = hypercall::post_message(&input);
+            status = hypercall::post_message(&input);
             if status.is_success() {
                 return Ok(());
             }
-            if status == HvStatus::INVALID_CONNECTION_ID
-                && message.message_type() == InitiateContact::TYPE
-            {
-                return Err(ENXIO);
-            }
-            // The host may be about to make the connection.
-            if !status.is_retryable() && status != HvStatus::INVALID_CONNECTION_ID {
-                pr_err!("{:?}: {:?}\n", message.message_type(), status);
-                return Err(EINVAL);
+            let unknown = status == HvStatus::INVALID_CONNECTION_ID;
+            if !status.is_retryable() && !(patient && unknown) {
+                break;
             }
             delay(us);
             us = us.saturating_mul(2).min(32_768);
         }
-        pr_err!("{:?}: no room at the hypervisor\n", message.message_type());
-        Err(EAGAIN)
+        Err(status)
     }
 
     /// Signals the host that it should look at a channel's rings. Any context.
@@ -489,45 +494,19 @@ impl Connection {
             }
         };
         let message_type = message.message_type();
-        let expected = match message {
-            HostMessage::OfferChannel(offer) => {
-                self.handle_offer(offer);
-                true
+        if !self.protocol.lock().accepts(&message) {
+            warn_limited!("{:?} at a wrong time\n", message_type);
+            return;
+        }
+        match message {
+            HostMessage::OfferChannel(offer) => self.handle_offer(offer),
+            HostMessage::RescindChannelOffer(rescind) => self.handle_rescind(rescind.channel_id),
+            HostMessage::AllOffersDelivered(_) => self.offers_delivered.set(),
+            answer => {
+                if !self.questions.answer(answer) {
+                    warn_limited!("{:?} was not expected\n", message_type);
+                }
             }
-            HostMessage::RescindChannelOffer(rescind) => {
-                self.handle_rescind(rescind.channel_id);
-                true
-            }
-            HostMessage::AllOffersDelivered(_) => {
-                self.offers_delivered.set();
-                true
-            }
-            HostMessage::OpenChannelResult(result) => self.questions.answer(
-                Key::Open(result.channel_id, result.open_id),
-                result.status.get().into(),
-            ),
-            HostMessage::GpadlCreated(created) => self.questions.answer(
-                Key::GpadlCreate(created.channel_id, created.gpadl_id),
-                created.status.get().into(),
-            ),
-            HostMessage::GpadlTorndown(torn) => {
-                self.questions.answer(Key::GpadlTeardown(torn.gpadl_id), 0)
-            }
-            HostMessage::VersionResponse(response) => {
-                self.questions.answer(Key::Version, pack_version(&response))
-            }
-            HostMessage::UnloadResponse(_) => {
-                self.unloaded.store(true, Release);
-                self.questions.answer(Key::Unload, 0)
-            }
-            HostMessage::ModifyChannelResponse(response) => self.questions.answer(
-                Key::Modify(response.channel_id),
-                response.status.get().into(),
-            ),
-            _ => false,
-        };
-        if !expected {
-            warn_limited!("{:?} was not expected\n", message_type);
         }
     }
 
@@ -536,68 +515,74 @@ impl Connection {
         if !self.is_in(State::Connected) {
             return;
         }
-        if let Err(reason) = self.accept_offer(offer) {
+        let result = self.judge_offer(&offer).map(|primary| {
+            if self.accept_offer(offer, primary).is_err() {
+                pr_err!("channel {}: no memory for it\n", offer.channel_id.get());
+                self.release_id(offer.channel_id);
+            }
+        });
+        if let Err(reason) = result {
             warn_limited!(
                 "offer of channel {} ({}, {}): {}\n",
                 offer.channel_id.get(),
                 Show(offer.interface_id),
                 Show(offer.instance_id),
-                reason
+                Show(reason)
             );
+            if reason.must_release() {
+                self.release_id(offer.channel_id);
+            }
+        }
+    }
+
+    /// The primary channel for an offered sub-channel, `None` for a device of its own.
+    fn judge_offer(
+        &self,
+        offer: &OfferChannel,
+    ) -> core::result::Result<Option<Arc<Channel>>, OfferError> {
+        let rules = OfferRules {
+            version: self.version().unwrap_or(Version::OLDEST),
+            confidential: false,
+            isolated: false,
+        };
+        check_offer(offer, &rules)?;
+        let highest = self.highest.load(Acquire);
+        let known = (0..=highest)
+            .filter_map(|id| self.channel(ChannelId::new(id)))
+            .map(|channel| {
+                let offer = channel.offer();
+                KnownChannel {
+                    channel_id: channel.id(),
+                    interface_id: offer.interface_id,
+                    instance_id: offer.instance_id,
+                    sub_channel_index: channel.subchannel_index(),
+                    rescinded: channel.is_leaving(),
+                }
+            });
+        match place_offer(offer, known)? {
+            // The queue of devices is ordered, and the old one's removal is in it already.
+            Placement::Primary | Placement::PrimaryAfter(_) => Ok(None),
+            Placement::Subchannel { primary } => {
+                let primary = self.channel(primary).ok_or(OfferError::NoPrimary)?;
+                Ok(Some(primary))
+            }
         }
     }
 
     fn accept_offer(
         self: &Arc<Self>,
         offer: OfferChannel,
-    ) -> core::result::Result<(), &'static str> {
+        primary: Option<Arc<Channel>>,
+    ) -> Result {
         let id = offer.channel_id;
         let slot = id
             .index()
             .and_then(|index| self.channels.get(index))
-            .ok_or("no channel can have this id")?;
-        if slot.is_some() {
-            return Err("the id is in use");
-        }
-        if offer.monitor_allocated & 1 != 0 && offer.monitor().is_none() {
-            return Err("no monitor can have this id");
-        }
-        let confidential =
-            OfferFlags::CONFIDENTIAL_RING_BUFFER | OfferFlags::CONFIDENTIAL_EXTERNAL_MEMORY;
-        if offer.flags().intersects(confidential) {
-            return Err("this guest is not confidential");
-        }
-
-        let mut primary = None;
-        let mut taken = false;
-        let _ = self.for_each_channel(|other| {
-            let theirs = other.offer();
-            if theirs.instance_id != offer.instance_id || other.is_leaving() {
-                return Ok(());
-            }
-            if other.subchannel_index() == offer.sub_channel_index.get() {
-                taken = true;
-            }
-            if !theirs.is_subchannel() && theirs.interface_id == offer.interface_id {
-                primary = Some(other.clone());
-            }
-            Ok(())
-        });
-        if taken {
-            return Err("there is such a channel already");
-        }
-        if !offer.is_subchannel() {
-            primary = None;
-        } else if primary.is_none() {
-            return Err("a sub-channel without its primary channel");
-        }
-
+            .ok_or(EINVAL)?;
         let target_cpu = self.choose_cpu(&offer);
-        let channel = Channel::new(self.clone(), offer, primary, target_cpu)
-            .map_err(|_| "there is no memory for it")?;
-        if slot.fill(channel.clone()).is_err() {
-            return Err("the id is in use");
-        }
+        let channel = Channel::new(self.clone(), offer, primary, target_cpu)?;
+        slot.fill(channel.clone()).map_err(|_| EEXIST)?;
+
         // Only this work item offers channels, but it can run on several CPUs.
         let mut highest = self.highest.load(Relaxed);
         while highest < id.get() {
@@ -637,27 +622,29 @@ impl Connection {
             .unwrap_or(CONNECT_CPU)
     }
 
-    fn handle_rescind(self: &Arc<Self>, id: ChannelId) {
+    fn handle_rescind(&self, id: ChannelId) {
         match self.channel(id) {
             Some(channel) => channel.rescind(),
-            // An offer that was not accepted: the host waits for the id all the same.
-            None if id.is_valid() => {
-                let message = hv_proto::message::RelidReleased { channel_id: id }.encode();
-                let _ = self.post(&message);
-            }
-            None => warn_limited!("rescind of channel {}, which cannot be\n", id.get()),
+            // Its offer was refused, and the id given back, before.
+            None => warn_limited!("rescind of channel {}, which is not there\n", id.get()),
         }
     }
 
-    /// Takes a channel out of the table. If the host has rescinded it, it may use the id again.
-    pub(crate) fn release(&self, channel: &Channel) {
+    /// Tells the host that it may use the id of a channel for another one.
+    fn release_id(&self, id: ChannelId) {
+        // The error has been logged. The host keeps the id then, which costs it nothing.
+        let _ = self.post(&RelidReleased { channel_id: id }.encode());
+    }
+
+    /// Takes a channel out of the table. `message`, if any, gives its id back to the host.
+    pub(crate) fn release(&self, channel: &Channel, message: Option<RelidReleased>) {
         let slot = channel
             .id()
             .index()
             .and_then(|index| self.channels.get(index));
         let removed = slot.and_then(|slot| slot.replace(None));
-        if channel.is_rescinded() {
-            let _ = self.post(&channel.release_message());
+        if let Some(message) = message {
+            self.release_id(message.channel_id);
         }
         drop(removed);
     }
@@ -669,76 +656,66 @@ impl Connection {
     ///
     /// # Errors
     ///
-    /// `EOPNOTSUPP` if there is no version that both know, `EINVAL` if `max_version` is older than
-    /// all, or those of posting and waiting.
+    /// `EINVAL` if `max_version` is older than all, `EOPNOTSUPP` if there is no version that both know and
+    /// allow, or those of posting and waiting.
     pub(crate) fn connect(&self, max_version: u32) -> Result {
-        let mut next = Version::at_most(max_version);
-        if next.is_none() {
+        let Some(max_version) = Version::at_most(max_version) else {
             pr_err!("max_version {:#x} is older than all\n", max_version);
             return Err(EINVAL);
-        }
-        while let Some(version) = next {
-            match self.contact(version) {
-                Ok(true) => {
-                    pr_info!("Vmbus version:{}.{}\n", version.major(), version.minor());
-                    return self.request_offers();
-                }
-                Ok(false) => next = version.older(),
-                Err(error) if error == ENXIO => next = version.older(),
-                Err(error) => return Err(error),
-            }
-        }
-        pr_err!("the host knows no version of the protocol that this driver knows\n");
-        Err(EOPNOTSUPP)
+        };
+        let params = ContactParams {
+            max_version,
+            ..ContactParams::new(
+                cpu::vp_index(CONNECT_CPU),
+                self.interrupt_page.phys(),
+                [self.monitor_pages[0].phys(), self.monitor_pages[1].phys()],
+            )
+        };
+        let agreed = self.negotiate(&params)?;
+        pr_info!(
+            "Vmbus version:{}.{}\n",
+            agreed.version.major(),
+            agreed.version.minor()
+        );
+        self.request_offers()
     }
 
-    /// Proposes a version. Returns whether the host takes it.
-    fn contact(&self, version: Version) -> Result<bool> {
-        let interrupt_page_or_target = if version.has_interrupt_page() {
-            self.interrupt_page.phys().into()
-        } else {
-            ContactTarget {
-                sint: VMBUS_SINT,
-                vtl: 0,
-                reserved: [0; 2],
-                feature_flags: 0.into(),
-            }
-            .to_field()
-        };
-        let message = InitiateContact {
-            version: version.raw().into(),
-            target_vp: cpu::vp_index(CONNECT_CPU),
-            interrupt_page_or_target,
-            monitor_page1: self.monitor_pages[0].phys().into(),
-            monitor_page2: self.monitor_pages[1].phys().into(),
+    /// Proposes versions until the host takes one.
+    fn negotiate(&self, params: &ContactParams) -> Result<Agreed> {
+        let mut step = self.protocol.lock().start(params);
+        loop {
+            let attempt = match step {
+                Step::Post(attempt) => attempt,
+                Step::Connected(agreed) => {
+                    self.message_connection
+                        .store(agreed.message_connection_id.get(), Relaxed);
+                    self.version.store(agreed.version.raw(), Release);
+                    self.set_state(State::Connected);
+                    return Ok(agreed);
+                }
+                Step::Failed(error) => {
+                    pr_err!("{}\n", Show(error));
+                    return Err(EOPNOTSUPP);
+                }
+            };
+            let message = attempt.message.encode();
+            let mut failed = HvStatus::SUCCESS;
+            let answer = self.ask(Key::Version, None, || {
+                self.post_to(attempt.connection_id, &message, false, sleep)
+                    .map_err(|status| {
+                        failed = status;
+                        EIO
+                    })
+            });
+            let mut protocol = self.protocol.lock();
+            step = match answer {
+                Ok(HostMessage::VersionResponse(response)) => {
+                    protocol.version_response(&response).map_err(|_| EIO)?
+                }
+                Err(_) if !failed.is_success() => protocol.post_failed(failed),
+                _ => protocol.contact_timed_out(),
+            };
         }
-        .encode();
-        let connection = if version.uses_message_connection_id() {
-            ConnectionId::MESSAGE_V5
-        } else {
-            ConnectionId::MESSAGE
-        };
-        let answer = self.ask(Key::Version, None, || {
-            self.post_to(connection, &message, |us| {
-                fsleep(Delta::from_micros(i64::from(us)))
-            })
-        })?;
-        let Some(reply) = unpack_version(answer) else {
-            return Ok(false);
-        };
-        let connection = if version.uses_message_connection_id() {
-            reply
-        } else {
-            ConnectionId::MESSAGE
-        };
-        if !connection.is_valid() {
-            pr_err!("the host names {:?} for messages\n", connection);
-            return Err(EIO);
-        }
-        self.message_connection.store(connection.get(), Relaxed);
-        self.version.store(version.raw(), Release);
-        self.set_state(State::Connected);
-        Ok(true)
     }
 
     fn request_offers(&self) -> Result {
@@ -786,9 +763,18 @@ impl Connection {
         if self.state.xchg(State::Disconnected as u32, Full) == State::Disconnected as u32 {
             return;
         }
-        if let Err(error) = self.ask(Key::Unload, None, || self.post(&Unload {}.encode())) {
-            pr_err!("UNLOAD: {:?}\n", error);
+        let Some(message) = self.protocol.lock().unload() else {
+            return;
+        };
+        let answer = self.ask(Key::Unload, None, || self.post(&message.encode()));
+        let mut protocol = self.protocol.lock();
+        if let Err(error) = answer {
+            pr_err!("the host does not let go: {:?}\n", error);
+            protocol.unload_timed_out();
+        } else if protocol.unload_response().is_err() {
+            protocol.unload_timed_out();
         }
+        drop(protocol);
         self.version.store(0, Release);
     }
 
@@ -801,11 +787,12 @@ impl Connection {
         let connection = ConnectionId::new(self.message_connection.load(Relaxed));
         let delay = |us| udelay(Delta::from_micros(i64::from(us)));
         if self
-            .post_to(connection, &Unload {}.encode(), delay)
+            .post_to(connection, &Unload {}.encode(), true, delay)
             .is_err()
         {
             return;
         }
+        let mut unloaded = false;
         for step in 0..CRASH_UNLOAD_STEPS {
             for per_cpu in self.per_cpu.iter().flatten() {
                 let Some(message) = per_cpu.synic.message() else {
@@ -813,13 +800,13 @@ impl Connection {
                 };
                 if let Some(payload) = message.payload() {
                     if let Ok(HostMessage::UnloadResponse(_)) = HostMessage::parse(payload, None) {
-                        self.unloaded.store(true, Relaxed);
+                        unloaded = true;
                     }
                 }
                 // Another CPU's register cannot be written, but the host looks again by itself.
                 per_cpu.synic.end_of_message(&message);
             }
-            if self.unloaded.load(Relaxed) {
+            if unloaded {
                 return;
             }
             if step % 500 == 499 {
@@ -932,15 +919,7 @@ fn set_bit(word: &Atomic<u32>, bit: u32) {
     }
 }
 
-/// Both answers of `VERSION_RESPONSE` in one number.
-fn pack_version(response: &VersionResponse) -> u64 {
-    let id = u64::from(response.message_connection_id.get());
-    let state = u64::from(response.connection_state);
-    let supported = u64::from(response.version_supported != 0);
-    id | state << 32 | supported << 40
-}
-
-/// The connection id for messages, if the host takes the version and is all right.
-fn unpack_version(answer: u64) -> Option<ConnectionId> {
-    (answer >> 32 == 1 << 8).then_some(ConnectionId::new(answer as u32))
+/// Waits for `us` microseconds; process context.
+fn sleep(us: u32) {
+    fsleep(Delta::from_micros(i64::from(us)));
 }

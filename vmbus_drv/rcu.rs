@@ -53,11 +53,6 @@ impl<T> RcuArc<T> {
         Some(unsafe { ArcBorrow::from_raw(ptr) })
     }
 
-    /// Whether the place is taken.
-    pub(crate) fn is_some(&self) -> bool {
-        !self.ptr.load(Acquire).is_null()
-    }
-
     /// Puts `new` in place and returns what was there, when no reader borrows it any more.
     ///
     /// Sleeps if there was something. Must not be called with the RCU read side held.

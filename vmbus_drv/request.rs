@@ -6,21 +6,22 @@
 //! a late or made-up answer does no harm. Every wait ends: with the answer, when the channel is
 //! rescinded, or after [`TIMEOUT_MS`].
 
-use crate::wait::Event;
-use hv_proto::ids::{
-    ChannelId,
-    GpadlId,
-    OpenId, //
+use crate::{
+    channel::Channel,
+    wait::Event, //
+};
+use hv_proto::{
+    ids::{
+        ChannelId,
+        GpadlId,
+        OpenId, //
+    },
+    message::HostMessage, //
 };
 use kernel::{
     new_mutex,
     prelude::*,
     sync::{
-        atomic::{
-            Acquire,
-            Atomic,
-            Release, //
-        },
         Arc,
         Mutex, //
     }, //
@@ -46,16 +47,46 @@ pub(crate) enum Key {
     Unload,
 }
 
+impl Key {
+    /// The question that a message answers, if it is an answer.
+    fn of(message: &HostMessage) -> Option<Self> {
+        Some(match message {
+            HostMessage::VersionResponse(_) => Self::Version,
+            HostMessage::OpenChannelResult(result) => Self::Open(result.channel_id, result.open_id),
+            HostMessage::GpadlCreated(created) => {
+                Self::GpadlCreate(created.channel_id, created.gpadl_id)
+            }
+            HostMessage::GpadlTorndown(torn) => Self::GpadlTeardown(torn.gpadl_id),
+            HostMessage::ModifyChannelResponse(response) => Self::Modify(response.channel_id),
+            HostMessage::UnloadResponse(_) => Self::Unload,
+            _ => return None,
+        })
+    }
+}
+
+/// How a question ended.
+enum End {
+    Answered(HostMessage),
+    Rescinded,
+}
+
 /// A question that waits.
 #[pin_data]
 struct Question {
     key: Key,
     /// The question ends when this channel is rescinded.
     channel: Option<ChannelId>,
-    answer: Atomic<u64>,
-    rescinded: Atomic<bool>,
+    #[pin]
+    end: Mutex<Option<End>>,
     #[pin]
     done: Event,
+}
+
+impl Question {
+    fn finish(&self, end: End) {
+        *self.end.lock() = Some(end);
+        self.done.set();
+    }
 }
 
 /// All questions that wait. There are never more than threads that ask.
@@ -80,15 +111,14 @@ impl Questions {
     pub(crate) fn ask(
         &self,
         key: Key,
-        channel: Option<&crate::Channel>,
+        channel: Option<&Channel>,
         ask: impl FnOnce() -> Result,
-    ) -> Result<u64> {
+    ) -> Result<HostMessage> {
         let question = Arc::pin_init(
             pin_init!(Question {
                 key,
                 channel: channel.map(|channel| channel.id()),
-                answer: Atomic::new(0),
-                rescinded: Atomic::new(false),
+                end <- new_mutex!(None),
                 done <- Event::new(),
             }),
             GFP_KERNEL,
@@ -101,30 +131,33 @@ impl Questions {
         } else {
             ask()
         };
-        let answered = asked.is_ok() && question.done.wait(TIMEOUT_MS);
+        if asked.is_ok() {
+            question.done.wait(TIMEOUT_MS);
+        }
         self.waiting
             .lock()
             .retain(|other| !Arc::ptr_eq(other, &question));
         asked?;
-        if !answered {
-            return Err(ETIMEDOUT);
+        let end = question.end.lock().take();
+        match end {
+            Some(End::Answered(message)) => Ok(message),
+            Some(End::Rescinded) => Err(ENODEV),
+            None => Err(ETIMEDOUT),
         }
-        if question.rescinded.load(Acquire) {
-            return Err(ENODEV);
-        }
-        Ok(question.answer.load(Acquire))
     }
 
-    /// Passes on an answer. Returns false if nobody waits for it.
-    pub(crate) fn answer(&self, key: Key, answer: u64) -> bool {
+    /// Passes on an answer. Returns false if it is none, or nobody waits for it.
+    pub(crate) fn answer(&self, message: HostMessage) -> bool {
+        let Some(key) = Key::of(&message) else {
+            return false;
+        };
         let mut found = false;
         self.waiting.lock().retain(|question| {
             if found || question.key != key {
                 return true;
             }
             found = true;
-            question.answer.store(answer, Release);
-            question.done.set();
+            question.finish(End::Answered(message));
             false
         });
         found
@@ -136,8 +169,7 @@ impl Questions {
             if question.channel != Some(channel) {
                 return true;
             }
-            question.rescinded.store(true, Release);
-            question.done.set();
+            question.finish(End::Rescinded);
             false
         });
     }

@@ -11,6 +11,20 @@ use kernel::{
     types::Opaque, //
 };
 
+/// What other modules' instances of the initializer call: they cannot call the helper itself.
+mod base {
+    use super::*;
+
+    /// # Safety
+    ///
+    /// `slot` must be valid for writes, and the completion must not be moved.
+    #[inline(never)]
+    pub(super) unsafe fn init_completion(slot: *mut bindings::completion) {
+        // SAFETY: as the caller promises.
+        unsafe { raw::vmbus_helper_init_completion(slot) }
+    }
+}
+
 /// An event that happens once and that threads can wait for, for a limited time.
 #[pin_data]
 pub struct Event {
@@ -30,7 +44,7 @@ impl Event {
         pin_init!(Self {
             completion <- Opaque::ffi_init(|slot| {
                 // SAFETY: `slot` is valid for writes and will stay where it is.
-                unsafe { raw::vmbus_helper_init_completion(slot) }
+                unsafe { base::init_completion(slot) }
             }),
         })
     }
