@@ -603,3 +603,6 @@ impl<'a> TransferPages<'a> {
         self.ranges
     }
 }
+
+#[cfg(test)]
+mod tests;

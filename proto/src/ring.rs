@@ -950,3 +950,6 @@ impl<M: RingMem> Consumer<M> {
         Unmasked { signal, more }
     }
 }
+
+#[cfg(test)]
+mod tests;

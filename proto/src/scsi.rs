@@ -966,3 +966,6 @@ fn cdb10_or_16(short: Opcode, long: Opcode, flags: u8, blocks: Blocks) -> Cdb {
         cdb16(long, flags, blocks)
     }
 }
+
+#[cfg(test)]
+mod tests;

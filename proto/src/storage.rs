@@ -1342,3 +1342,6 @@ fn moves_blocks(opcode: Opcode) -> bool {
             | Opcode::WRITE_16
     )
 }
+
+#[cfg(test)]
+mod tests;
