@@ -11,9 +11,11 @@
 //! - [`disk`], [`scsi`]: disk images and the SCSI target.
 //! - [`vsp`]: the service providers (storage).
 //! - [`vm`]: the virtual machine: memory, vCPUs, boot, ACPI, serial ports, power.
+//! - [`host`]: all of it put together.
 
 pub mod counters;
 pub mod disk;
+pub mod host;
 pub mod hypervisor;
 pub mod scsi;
 pub mod vm;
