@@ -281,15 +281,18 @@ impl Controller {
         let answer = VstorPacket::parse(payload, PACKET_SIZE)
             .ok()
             .filter(|packet| packet.operation == Operation::COMPLETE_IO);
-        match io.table.answer(id, index, answer) {
+        let known = match io.table.answer(id, index, answer) {
             Answered::Command(cmd, answer) => {
-                self.paths.count_completed(index);
                 self.finish(cmd, answer);
                 true
             }
             Answered::Deferred | Answered::Late => true,
             Answered::Unknown => false,
+        };
+        if known {
+            self.paths.count_completed(index);
         }
+        known
     }
 
     /// Ends a command with the host's answer.
@@ -612,7 +615,7 @@ impl WorkItem for Controller {
 
 #[vtable]
 impl scsi::Operations for Controller {
-    const NAME: &'static CStr = c"storvsc";
+    const NAME: &'static CStr = c"storvsc_host";
 
     const VIRT_BOUNDARY_MASK: usize = hv_proto::PAGE_SIZE - 1;
 
