@@ -169,7 +169,7 @@ pub(crate) unsafe fn unregister(driver: &Opaque<RawDriver>) {
     drop(unsafe { (*driver).dynamic_ids.take() });
 }
 
-unsafe extern "C" fn match_device(
+extern "C" fn match_device(
     dev: *mut bindings::device,
     driver: *const bindings::device_driver,
 ) -> c_int {
@@ -178,7 +178,7 @@ unsafe extern "C" fn match_device(
     driver.find(dev).is_some().into()
 }
 
-unsafe extern "C" fn probe(dev: *mut bindings::device) -> c_int {
+extern "C" fn probe(dev: *mut bindings::device) -> c_int {
     // SAFETY: The driver core calls this for a device of this bus that has its driver set.
     let (driver, channel) = unsafe {
         (
@@ -195,7 +195,7 @@ unsafe extern "C" fn probe(dev: *mut bindings::device) -> c_int {
     unsafe { probe(container_of!(dev, RawDevice, dev), id) }
 }
 
-unsafe extern "C" fn remove(dev: *mut bindings::device) {
+extern "C" fn remove(dev: *mut bindings::device) {
     // SAFETY: The driver core calls this for a device of this bus that is bound to its driver.
     let driver = unsafe { RawDriver::from_driver((*dev).driver) };
     if let Some(remove) = driver.remove {
@@ -204,10 +204,7 @@ unsafe extern "C" fn remove(dev: *mut bindings::device) {
     }
 }
 
-unsafe extern "C" fn uevent(
-    dev: *const bindings::device,
-    env: *mut bindings::kobj_uevent_env,
-) -> c_int {
+extern "C" fn uevent(dev: *const bindings::device, env: *mut bindings::kobj_uevent_env) -> c_int {
     // SAFETY: The driver core calls this for a device of this bus.
     let channel = unsafe { device::channel_of(dev) };
     let mut alias = [0u8; 48];
@@ -234,7 +231,7 @@ unsafe fn parse_guid(text: *const c_char, len: usize) -> Result<Guid> {
     text.trim().parse().map_err(|_| EINVAL)
 }
 
-unsafe extern "C" fn store_new_id(
+extern "C" fn store_new_id(
     driver: *mut bindings::device_driver,
     text: *const c_char,
     len: usize,
@@ -257,7 +254,7 @@ unsafe extern "C" fn store_new_id(
     })
 }
 
-unsafe extern "C" fn store_remove_id(
+extern "C" fn store_remove_id(
     driver: *mut bindings::device_driver,
     text: *const c_char,
     len: usize,
@@ -278,7 +275,7 @@ unsafe extern "C" fn store_remove_id(
 }
 
 /// Hibernation is not supported by this driver, whatever the host thinks of it.
-unsafe extern "C" fn show_hibernation(_bus: *const bindings::bus_type, buf: *mut c_char) -> isize {
+extern "C" fn show_hibernation(_bus: *const bindings::bus_type, buf: *mut c_char) -> isize {
     // SAFETY: sysfs passes the buffer; the format has no arguments.
     unsafe { bindings::sysfs_emit(buf, c"0\n".as_char_ptr()) as isize }
 }
@@ -326,23 +323,21 @@ const fn group(files: *const *const bindings::attribute) -> bindings::attribute_
     group
 }
 
-static DRIVER_GROUP: Static<bindings::attribute_group> = Static(group(
-    &raw const DRIVER_FILES.0 as *const *const bindings::attribute,
-));
+static DRIVER_GROUP: Static<bindings::attribute_group> =
+    Static(group((&raw const DRIVER_FILES.0).cast()));
 static DRIVER_GROUPS: Static<[*const bindings::attribute_group; 2]> =
     Static([&raw const DRIVER_GROUP.0, core::ptr::null()]);
-static BUS_GROUP: Static<bindings::attribute_group> = Static(group(
-    &raw const BUS_FILES.0 as *const *const bindings::attribute,
-));
+static BUS_GROUP: Static<bindings::attribute_group> =
+    Static(group((&raw const BUS_FILES.0).cast()));
 static BUS_GROUPS: Static<[*const bindings::attribute_group; 2]> =
     Static([&raw const BUS_GROUP.0, core::ptr::null()]);
 
 static BUS: Static<bindings::bus_type> = Static({
     let mut bus: bindings::bus_type = pin_init::zeroed();
     bus.name = as_char_ptr_in_const_context(c"vmbus");
-    bus.bus_groups = &raw const BUS_GROUPS.0 as *const *const bindings::attribute_group;
+    bus.bus_groups = (&raw const BUS_GROUPS.0).cast();
     bus.dev_groups = attributes::DEVICE_GROUPS.as_ptr();
-    bus.drv_groups = &raw const DRIVER_GROUPS.0 as *const *const bindings::attribute_group;
+    bus.drv_groups = (&raw const DRIVER_GROUPS.0).cast();
     bus.match_ = Some(match_device);
     bus.probe = Some(probe);
     bus.remove = Some(remove);

@@ -397,7 +397,8 @@ impl Connection {
                 return Ok(());
             }
             let unknown = status == HvStatus::INVALID_CONNECTION_ID;
-            if !status.is_retryable() && !(patient && unknown) {
+            let again = status.is_retryable() || (patient && unknown);
+            if !again {
                 break;
             }
             delay(us);

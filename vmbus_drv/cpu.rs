@@ -105,11 +105,11 @@ pub(crate) struct HotplugRegistration {
     state: i32,
 }
 
-unsafe extern "C" fn online_callback<T: Hotplug>(cpu: c_uint) -> i32 {
+extern "C" fn online_callback<T: Hotplug>(cpu: c_uint) -> i32 {
     from_result(|| T::online(cpu).map(|()| 0))
 }
 
-unsafe extern "C" fn offline_callback<T: Hotplug>(cpu: c_uint) -> i32 {
+extern "C" fn offline_callback<T: Hotplug>(cpu: c_uint) -> i32 {
     from_result(|| T::offline(cpu).map(|()| 0))
 }
 

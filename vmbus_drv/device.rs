@@ -134,7 +134,7 @@ pub(crate) unsafe fn channel_of<'a>(dev: *const bindings::device) -> &'a Arc<Cha
     unsafe { &(*raw).channel }
 }
 
-unsafe extern "C" fn release(dev: *mut bindings::device) {
+extern "C" fn release(dev: *mut bindings::device) {
     // SAFETY: Only `Registration::new` sets this callback, for a device in a `RawDevice`.
     let raw = unsafe { container_of!(dev, RawDevice, dev) };
 
@@ -349,7 +349,7 @@ pub(crate) unsafe fn channel_of_directory<'a>(kobj: *mut bindings::kobject) -> &
 }
 
 /// Frees the memory of a directory when its last user is gone.
-pub(crate) unsafe extern "C" fn release_directory(kobj: *mut bindings::kobject) {
+pub(crate) extern "C" fn release_directory(kobj: *mut bindings::kobject) {
     // SAFETY: This is called for kobjects of `ChannelDirectory` only.
     let raw = unsafe { container_of!(kobj, RawDirectory, kobj) };
 

@@ -169,6 +169,9 @@ unsafe impl<T: Driver> driver::RegistrationOps for Adapter<T> {
 }
 
 impl<T: Driver> Adapter<T> {
+    /// # Safety
+    ///
+    /// `dev` must be a valid device of the bus, and `id` an entry of `T::ID_TABLE`.
     unsafe fn probe_callback(dev: *mut RawDevice, id: *const raw::hv_vmbus_device_id) -> c_int {
         // SAFETY: The bus calls this with a valid device.
         //
@@ -186,6 +189,9 @@ impl<T: Driver> Adapter<T> {
         })
     }
 
+    /// # Safety
+    ///
+    /// `dev` must be a device of the bus for which `probe_callback` has succeeded.
     unsafe fn remove_callback(dev: *mut RawDevice) {
         // SAFETY: The bus calls this with a valid device.
         //

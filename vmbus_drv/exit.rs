@@ -34,7 +34,7 @@ pub(crate) fn current() -> Option<Arc<Connection>> {
     CURRENT.get(&guard).map(Arc::from)
 }
 
-unsafe extern "C" fn interrupt() {
+extern "C" fn interrupt() {
     let guard = rcu::read_lock();
     if let Some(connection) = CURRENT.get(&guard) {
         connection.interrupt(&guard);
@@ -78,7 +78,7 @@ extern "C" fn disable_cpu(_info: *mut c_void) {
 }
 
 /// A new kernel is about to be started in place of this one.
-unsafe extern "C" fn kexec() {
+extern "C" fn kexec() {
     if let Some(connection) = current() {
         connection.unload();
 
@@ -88,7 +88,7 @@ unsafe extern "C" fn kexec() {
 }
 
 /// A kernel that has crashed is about to start another one.
-unsafe extern "C" fn crash(_regs: *mut bindings::pt_regs) {
+extern "C" fn crash(_regs: *mut bindings::pt_regs) {
     let guard = rcu::read_lock();
     let Some(connection) = CURRENT.get(&guard) else {
         return;
@@ -101,7 +101,7 @@ unsafe extern "C" fn crash(_regs: *mut bindings::pt_regs) {
     connection.disable_cpu(cpu);
 }
 
-unsafe extern "C" fn panic(
+extern "C" fn panic(
     _block: *mut bindings::notifier_block,
     _action: c_ulong,
     _data: *mut c_void,

@@ -60,7 +60,7 @@ impl<F: DeviceFiles> DeviceFile<F> {
     }
 }
 
-unsafe extern "C" fn show_device_file<F: DeviceFiles>(
+extern "C" fn show_device_file<F: DeviceFiles>(
     dev: *mut bindings::device,
     attr: *const bindings::device_attribute,
     buf: *mut c_char,
@@ -114,12 +114,12 @@ impl<F: DeviceFiles, const N: usize> DeviceFileList<F, N> {
     pub(crate) const fn group(&'static self) -> Group {
         let mut group: bindings::attribute_group = pin_init::zeroed();
         group.__bindgen_anon_1.is_visible_const = Some(device_file_is_visible::<F>);
-        group.__bindgen_anon_2.attrs_const = &raw const self.0 as *const *const bindings::attribute;
+        group.__bindgen_anon_2.attrs_const = (&raw const self.0).cast();
         Group(group)
     }
 }
 
-unsafe extern "C" fn device_file_is_visible<F: DeviceFiles>(
+extern "C" fn device_file_is_visible<F: DeviceFiles>(
     kobj: *mut bindings::kobject,
     attr: *const bindings::attribute,
     _index: c_int,
@@ -161,7 +161,7 @@ impl GroupList {
     }
 
     pub(crate) const fn as_ptr(&'static self) -> *const *const bindings::attribute_group {
-        &raw const self.0 as *const *const bindings::attribute_group
+        (&raw const self.0).cast()
     }
 }
 
@@ -196,7 +196,7 @@ impl<F: ChannelFiles> ChannelFile<F> {
     }
 }
 
-unsafe extern "C" fn show_channel_file<F: ChannelFiles>(
+extern "C" fn show_channel_file<F: ChannelFiles>(
     kobj: *mut bindings::kobject,
     attr: *mut bindings::attribute,
     buf: *mut c_char,
@@ -208,7 +208,7 @@ unsafe extern "C" fn show_channel_file<F: ChannelFiles>(
     show(buf, |out| file.show(channel, out))
 }
 
-unsafe extern "C" fn store_channel_file<F: ChannelFiles>(
+extern "C" fn store_channel_file<F: ChannelFiles>(
     kobj: *mut bindings::kobject,
     attr: *mut bindings::attribute,
     buf: *const c_char,
@@ -227,7 +227,7 @@ unsafe extern "C" fn store_channel_file<F: ChannelFiles>(
     })
 }
 
-unsafe extern "C" fn channel_file_is_visible<F: ChannelFiles>(
+extern "C" fn channel_file_is_visible<F: ChannelFiles>(
     kobj: *mut bindings::kobject,
     attr: *const bindings::attribute,
     _index: c_int,
@@ -272,7 +272,7 @@ impl<F: ChannelFiles, const N: usize> ChannelFileList<F, N> {
     pub(crate) const fn group(&'static self) -> Group {
         let mut group: bindings::attribute_group = pin_init::zeroed();
         group.__bindgen_anon_1.is_visible_const = Some(channel_file_is_visible::<F>);
-        group.__bindgen_anon_2.attrs_const = &raw const self.0 as *const *const bindings::attribute;
+        group.__bindgen_anon_2.attrs_const = (&raw const self.0).cast();
         Group(group)
     }
 }
