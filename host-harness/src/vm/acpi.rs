@@ -21,8 +21,11 @@ use acpi_tables::sdt::Sdt;
 use acpi_tables::xsdt::XSDT;
 use vm_memory::{Bytes, GuestAddress, GuestMemoryMmap};
 
-use super::memory::{ACPI_START, HIGH_MEMORY_START};
-use super::power::{RESET_PORT, RESET_VALUE, SLEEP_CONTROL_PORT, SLEEP_STATUS_PORT, SLP_TYP_S5};
+use super::memory::ACPI_START;
+use super::power::{
+    RESET_PORT, RESET_VALUE, RESET_VECTOR, SLEEP_CONTROL_PORT, SLEEP_STATUS_PORT, SLP_TYP_S5,
+};
+use super::rtc::{CENTURY, RTC_INDEX_PORT};
 use super::serial::PORTS;
 use super::{MAX_CPUS, VmError};
 
@@ -50,7 +53,7 @@ pub fn write_tables(
     let mut place = |table: &[u8]| -> Result<u64, VmError> {
         let address = next;
         next = align(address + table.len() as u64);
-        if next > HIGH_MEMORY_START {
+        if next > RESET_VECTOR {
             return Err(VmError::Boot("the ACPI tables do not fit".into()));
         }
         memory
@@ -105,6 +108,7 @@ fn fadt(dsdt_address: u64) -> Vec<u8> {
         .flag(Flags::PwrButton)
         .flag(Flags::SlpButton)
         .flag(Flags::Headless);
+    fadt.century = CENTURY;
     fadt.reset_reg = port(RESET_PORT);
     fadt.reset_value = RESET_VALUE;
     fadt.sleep_control_reg = port(SLEEP_CONTROL_PORT);
@@ -166,6 +170,30 @@ impl Aml for Vmbus {
     }
 }
 
+/// The real-time clock. It has no interrupt, so the guest offers no alarms.
+struct Clock;
+
+impl Aml for Clock {
+    fn to_aml_bytes(&self, sink: &mut dyn acpi_tables::AmlSink) {
+        aml::Device::new(
+            "RTC0".into(),
+            vec![
+                &aml::Name::new("_HID".into(), &aml::EISAName::new("PNP0B00")),
+                &aml::Name::new(
+                    "_CRS".into(),
+                    &aml::ResourceTemplate::new(vec![&aml::IO::new(
+                        RTC_INDEX_PORT,
+                        RTC_INDEX_PORT,
+                        0,
+                        2,
+                    )]),
+                ),
+            ],
+        )
+        .to_aml_bytes(sink);
+    }
+}
+
 /// Differentiated system description table.
 fn dsdt(cpus: u32, serial: &[bool; PORTS.len()]) -> Sdt {
     let mut body = Vec::new();
@@ -190,6 +218,7 @@ fn dsdt(cpus: u32, serial: &[bool; PORTS.len()]) -> Sdt {
         .collect();
     let mut children: Vec<&dyn Aml> = processors.iter().map(|p| p as &dyn Aml).collect();
     children.push(&Vmbus);
+    children.push(&Clock);
     children.extend(ports.iter().map(|p| p as &dyn Aml));
     aml::Scope::new("\\_SB_".into(), children).to_aml_bytes(&mut body);
 

@@ -20,6 +20,7 @@ use vm_memory::{Bytes, GuestAddress, GuestMemoryMmap};
 
 use super::VmError;
 use super::memory::{self, EBDA_START, HIGH_MEMORY_START};
+use super::power::{RESET_CODE, RESET_VECTOR};
 
 /// Global descriptor table.
 const GDT: u64 = 0x500;
@@ -427,7 +428,7 @@ impl Segment {
     }
 }
 
-/// Writes the GDT and the page tables, which map the first 4 GiB one to one.
+/// Writes the firmware's few bytes, the GDT, and the page tables, which map the first 4 GiB one to one.
 fn write_tables(memory: &GuestMemoryMmap) -> Result<(), vm_memory::GuestMemoryError> {
     const PRESENT_WRITABLE: u64 = 3;
     const LARGE: u64 = 1 << 7;
@@ -437,6 +438,7 @@ fn write_tables(memory: &GuestMemoryMmap) -> Result<(), vm_memory::GuestMemoryEr
             GuestAddress(GDT + u64::from(segment.selector)),
         )?;
     }
+    memory.write_slice(&RESET_CODE, GuestAddress(RESET_VECTOR))?;
     memory.write_obj(0u64, GuestAddress(GDT))?;
     memory.write_obj(0u64, GuestAddress(GDT + 8))?;
     memory.write_obj(0u64, GuestAddress(GDT + u64::from(TASK.selector) + 8))?;

@@ -1,7 +1,8 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
 
 //! Power-off and reset: the I/O ports behind the sleep control and reset registers of the ACPI
-//! tables, and the keyboard controller's reset line that an operating system tries as well.
+//! tables, and the other ways to reset a PC that an operating system tries: the keyboard
+//! controller's reset line, and a jump to the firmware's reset vector.
 
 /// Sleep control register (ACPI 6.5, section 4.8.3.7).
 pub const SLEEP_CONTROL_PORT: u16 = 0x600;
@@ -13,6 +14,16 @@ pub const RESET_PORT: u16 = 0x602;
 pub const RESET_VALUE: u8 = 1;
 /// Sleep type of S5 (soft off), of the firmware's own choice.
 pub const SLP_TYP_S5: u8 = 5;
+
+/// Where a PC's processor starts after a reset, as real mode sees it (F000:FFF0). Linux on a
+/// hardware-reduced platform without EFI jumps there to reboot.
+pub const RESET_VECTOR: u64 = 0xf_fff0;
+/// The firmware at [`RESET_VECTOR`], 16-bit code that writes the reset register and halts:
+/// `mov dx, RESET_PORT; mov al, RESET_VALUE; out dx, al; 1: hlt; jmp 1b`.
+pub const RESET_CODE: [u8; 9] = {
+    let [low, high] = RESET_PORT.to_le_bytes();
+    [0xba, low, high, 0xb0, RESET_VALUE, 0xee, 0xf4, 0xeb, 0xfd]
+};
 
 /// SLP_EN of the sleep control register; the sleep type is in bits 2 to 4.
 const SLP_EN: u8 = 1 << 5;

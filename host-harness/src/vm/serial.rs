@@ -11,6 +11,7 @@
 use std::collections::VecDeque;
 use std::fs::File;
 use std::io::{self, IsTerminal, Read, Write};
+use std::os::fd::AsFd;
 use std::os::unix::fs::FileTypeExt;
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::{Path, PathBuf};
@@ -19,10 +20,10 @@ use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::thread::{self, JoinHandle};
 use std::time::{Duration, Instant};
 
+use rustix::termios::{OptionalActions, OutputModes, Termios, tcgetattr, tcsetattr};
 use vm_superio::serial::SerialEvents;
 use vm_superio::{Serial, Trigger};
 use vmm_sys_util::eventfd::EventFd;
-use vmm_sys_util::terminal::Terminal;
 
 use super::VmError;
 use crate::counters::Counter;
@@ -344,12 +345,18 @@ impl SerialPort {
             SerialBackend::Stdio => {
                 *lock(&port.writer) = Some(spawn_writer("stdout", output, Box::new(io::stdout()))?);
                 let commands = io::stdin().is_terminal();
+                // Not `io::Stdin`: its lock would be held while the thread waits for a key.
+                let input = io::stdin()
+                    .as_fd()
+                    .try_clone_to_owned()
+                    .map(File::from)
+                    .map_err(|e| VmError::System("duplicating standard input", e))?;
                 if commands {
                     *lock(&port.raw_terminal) = Some(RawTerminal::set()?);
                 }
                 spawn("serial-stdin", move || {
                     let mut keys = Keys::new(commands);
-                    read_all(io::stdin(), |bytes| {
+                    read_all(input, |bytes| {
                         let (bytes, quit) = keys.filter(bytes);
                         let open = line.feed(&bytes);
                         if quit {
@@ -546,31 +553,38 @@ impl Keys {
     }
 }
 
-/// Prints the commands. The terminal is in raw mode: lines end with CR LF.
+/// Prints the commands.
 fn help() {
-    let text = "\r\nCtrl-A x       end the virtual machine\r\n\
-                Ctrl-A Ctrl-A  send Ctrl-A to the guest\r\n\
-                Ctrl-A h       this help\r\n";
+    let text = "\nCtrl-A x       end the virtual machine\n\
+                Ctrl-A Ctrl-A  send Ctrl-A to the guest\n\
+                Ctrl-A h       this help\n";
     // Help that cannot be printed is not worth an error.
     let _ = io::stderr().write_all(text.as_bytes());
 }
 
 /// The process's terminal in raw mode; as it was before when dropped.
-struct RawTerminal;
+struct RawTerminal {
+    before: Termios,
+}
 
 impl RawTerminal {
     fn set() -> Result<RawTerminal, VmError> {
-        io::stdin()
-            .lock()
-            .set_raw_mode()
-            .map_err(|e| VmError::System("setting the terminal to raw mode", e.into()))?;
-        Ok(RawTerminal)
+        let set = || -> rustix::io::Result<RawTerminal> {
+            let before = tcgetattr(io::stdin())?;
+            let mut raw = before.clone();
+            raw.make_raw();
+            // Lines that the harness itself prints still begin at the left.
+            raw.output_modes |= OutputModes::OPOST;
+            tcsetattr(io::stdin(), OptionalActions::Now, &raw)?;
+            Ok(RawTerminal { before })
+        };
+        set().map_err(|e| VmError::System("setting the terminal to raw mode", e.into()))
     }
 }
 
 impl Drop for RawTerminal {
     fn drop(&mut self) {
-        if let Err(error) = io::stdin().lock().set_canon_mode() {
+        if let Err(error) = tcsetattr(io::stdin(), OptionalActions::Now, &self.before) {
             tracing::warn!(%error, "restoring the terminal");
         }
     }

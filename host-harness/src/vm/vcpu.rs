@@ -212,9 +212,16 @@ impl VcpuContext {
                 (self.events)(event);
                 if !goes_on {
                     gate.wait_for_stop();
-                    return;
+                    break;
                 }
             }
+        }
+        if let (Ok(regs), Ok(state)) = (self.fd.get_regs(), self.fd.get_mp_state()) {
+            let (rip, rflags) = (regs.rip, regs.rflags);
+            tracing::debug!(
+                vp = self.vp,
+                "stopped at {rip:#x}, flags {rflags:#x}, {state:?}"
+            );
         }
     }
 
