@@ -67,11 +67,21 @@ done < /ctl/writable
 mkdir /host/tmp/.l1
 mount --bind /ctl /host/tmp/.l1
 
-# Ports appear when the host has answered the driver.
-while [ ! -e /dev/vport0p3 ]; do usleep 10000; done
+# Ports appear when the host has answered the driver. The number of their device is not known.
+port() {
+    tries=0
+    until [ -e /dev/vport[0-9]p"$1" ]; do
+        tries=$((tries + 1))
+        [ $tries -gt 1000 ] && fail "port $1 did not appear"
+        usleep 10000
+    done
+    echo /dev/vport[0-9]p"$1"
+}
+output=$(port 2)
+errors=$(port 3)
 input=/dev/null
-[ -e /ctl/stdin ] && input=/dev/vport0p1
+[ -e /ctl/stdin ] && input=$(port 1)
 
-chroot /host /bin/sh /tmp/.l1/command < $input > /dev/vport0p2 2> /dev/vport0p3
+chroot /host /bin/sh /tmp/.l1/command < "$input" > "$output" 2> "$errors"
 echo $? > /ctl/status
 poweroff -f

@@ -7,11 +7,15 @@
 //! with the command, with us, or at a time limit.
 
 use std::{
-    fs,
+    fs::{self, File},
     io::{IsTerminal, Read, Write},
     os::unix::net::{UnixListener, UnixStream},
     path::{Path, PathBuf},
     process::{Child, Command, Stdio},
+    sync::{
+        Arc,
+        atomic::{AtomicBool, Ordering},
+    },
     thread::JoinHandle,
     time::{Duration, Instant},
 };
@@ -97,6 +101,49 @@ impl Drop for RawTerminal {
     fn drop(&mut self) {
         // Nothing can be done for a terminal that has gone.
         let _ = tcsetattr(std::io::stdin(), OptionalActions::Now, &self.0);
+    }
+}
+
+/// The commands that a user gives to us rather than to the guest, as the harness has them: Ctrl-A x ends the run,
+/// Ctrl-A Ctrl-A is one Ctrl-A for the guest.
+struct Keys {
+    enabled: bool,
+    after_escape: bool,
+    quit: bool,
+}
+
+impl Keys {
+    const ESCAPE: u8 = 1;
+
+    fn new(enabled: bool) -> Self {
+        Self {
+            enabled,
+            after_escape: false,
+            quit: false,
+        }
+    }
+
+    /// Takes the commands out of what was typed and gives the rest.
+    fn filter(&mut self, typed: &[u8]) -> Vec<u8> {
+        if !self.enabled {
+            return typed.to_vec();
+        }
+        let mut rest = Vec::with_capacity(typed.len());
+        for byte in typed.iter().copied() {
+            if self.after_escape {
+                self.after_escape = false;
+                match byte {
+                    b'x' => self.quit = true,
+                    Self::ESCAPE => rest.push(byte),
+                    _ => rest.extend([Self::ESCAPE, byte]),
+                }
+            } else if byte == Self::ESCAPE {
+                self.after_escape = true;
+            } else {
+                rest.push(byte);
+            }
+        }
+        rest
     }
 }
 
@@ -260,7 +307,7 @@ impl L1 {
             lines(
                 self.keep
                     .iter()
-                    .filter(|path| path.starts_with("/tmp") || path.starts_with("/run"))
+                    .filter(|path| is_covered(path))
                     .map(|path| format!("{}\n", path.display()))
                     .collect(),
             ),
@@ -275,6 +322,7 @@ impl L1 {
             self.command(control)
                 .stdin(Stdio::null())
                 .stdout(Stdio::null())
+                .stderr(File::create(control.join("qemu"))?)
                 .spawn()
                 .context("cannot start qemu-system-x86_64")?,
         );
@@ -284,17 +332,20 @@ impl L1 {
             relay(accept(&error, &mut qemu.0)?, std::io::stderr()),
         ];
         let raw = if job.raw { RawTerminal::enter()? } else { None };
+        let quit = Arc::new(AtomicBool::new(false));
         if job.input {
+            let mut keys = Keys::new(raw.is_some());
+            let quit = Arc::clone(&quit);
             // This thread ends with the process: a read of a terminal cannot be called off.
             std::thread::spawn(move || {
                 let mut buffer = [0; 4096];
                 let mut stdin = std::io::stdin();
-                while let Ok(length) = stdin.read(&mut buffer) {
-                    if length == 0
-                        || input
-                            .write_all(buffer.get(..length).unwrap_or_default())
-                            .is_err()
-                    {
+                while let Ok(length @ 1..) = stdin.read(&mut buffer) {
+                    let bytes = keys.filter(buffer.get(..length).unwrap_or_default());
+                    if keys.quit {
+                        quit.store(true, Ordering::Relaxed);
+                    }
+                    if input.write_all(&bytes).is_err() {
                         break;
                     }
                 }
@@ -306,7 +357,7 @@ impl L1 {
             if let Some(status) = qemu.0.try_wait()? {
                 break status;
             }
-            if cmd::interrupted() {
+            if cmd::interrupted() || quit.load(Ordering::Relaxed) {
                 bail!(Interrupted);
             }
             if self.timeout.is_some_and(|limit| started.elapsed() > limit) {
@@ -336,14 +387,22 @@ impl L1 {
     }
 }
 
+/// Whether a path of the machine is under one that the VM has something else at.
+fn is_covered(path: &Path) -> bool {
+    ["/tmp", "/run"]
+        .iter()
+        .any(|place| path.starts_with(place) && path != Path::new(place))
+}
+
 /// A path as a value of a QEMU option: a comma is written twice.
 fn comma(path: &Path) -> String {
     path.to_string_lossy().replace(',', ",,")
 }
 
-/// The last lines of the VM's console, for error messages.
+/// What QEMU said and the last lines of the VM's console, for error messages.
 fn console_tail(control: &Path) -> String {
-    let bytes = fs::read(control.join("console")).unwrap_or_default();
+    let mut bytes = fs::read(control.join("qemu")).unwrap_or_default();
+    bytes.extend(fs::read(control.join("console")).unwrap_or_default());
     let text = String::from_utf8_lossy(&bytes);
     let lines: Vec<&str> = text
         .lines()
@@ -355,12 +414,36 @@ fn console_tail(control: &Path) -> String {
     if tail.is_empty() {
         return String::new();
     }
-    format!("; its console ended with:\n    {}", tail.join("\n    "))
+    format!("; it printed at last:\n    {}", tail.join("\n    "))
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn keys_are_taken_out() {
+        let mut keys = Keys::new(true);
+        assert_eq!(keys.filter(b"a\x01"), b"a");
+        assert_eq!(keys.filter(b"\x01b\x01c"), b"\x01b\x01c");
+        assert!(!keys.quit);
+        keys.filter(b"\x01x");
+        assert!(keys.quit);
+        assert_eq!(Keys::new(false).filter(b"\x01x"), b"\x01x");
+    }
+
+    #[test]
+    fn only_what_is_covered_is_kept() {
+        for (path, kept) in [
+            ("/tmp/a", true),
+            ("/run/a/b", true),
+            ("/tmp", false),
+            ("/tmpfs", false),
+            ("/home/tmp", false),
+        ] {
+            assert_eq!(is_covered(Path::new(path)), kept, "{path}");
+        }
+    }
 
     #[test]
     fn job_script_keeps_every_byte() {
