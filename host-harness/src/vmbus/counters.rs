@@ -11,7 +11,7 @@ use serde::Serialize;
 /// The live counters of one channel. They start at 0 when the channel is offered and go on over
 /// close and reopen.
 #[derive(Debug, Default)]
-pub struct Counters {
+pub(super) struct Counters {
     packets_in: AtomicU64,
     bytes_in: AtomicU64,
     packets_out: AtomicU64,
@@ -55,7 +55,7 @@ impl Counters {
     }
 
     /// The values now. The fields are read one by one, so they may be a few events apart.
-    pub fn snapshot(&self) -> CounterSnapshot {
+    pub(super) fn snapshot(&self) -> CounterSnapshot {
         let get = |c: &AtomicU64| c.load(Ordering::Relaxed);
         CounterSnapshot {
             packets_in: get(&self.packets_in),

@@ -7,6 +7,11 @@
 //! read and write packets. Message layouts, the ring's algorithm and packet parsing are those of
 //! `hv_proto`, which the guest's drivers use too.
 //!
+//! Every channel is offered with a dedicated interrupt, in all versions: the guest signals by
+//! HvSignalEvent on the channel's own connection, and the interrupt page that guests before
+//! version 5.0 name is not used. Monitor pages (signals without hypercall) are an option of each
+//! device, see [`OfferParams`].
+//!
 //! The server uses the hypervisor only through [`crate::hypervisor::SynicPort`], and guest memory
 //! only through `vm-memory`. The guest is not trusted: whatever it does, at worst its own channel
 //! is closed.
@@ -32,7 +37,7 @@ pub use channel::{
     ChannelError, ChannelReader, ChannelWriter, GpadlError, GpadlView, HostChannel, SEND_TIMEOUT,
     Waker,
 };
-pub use counters::{CounterSnapshot, Counters};
+pub use counters::CounterSnapshot;
 pub use gpa::{GpaError, GuestBuffer, GuestMem, GuestSlice, PAGE_SIZE};
 pub use gpadl::{MAX_PAGES, MAX_PER_CHANNEL};
 pub use server::{

@@ -35,7 +35,8 @@ use hv_proto::guid::Guid;
 use hv_proto::hypercall::HvStatus;
 use hv_proto::ids::{ChannelId, ConnectionId, GpadlId};
 use hv_proto::message::{
-    GuestMessage, HostMessage, Message, MessageBuf, MessageHeader, MessageType, read_prefix,
+    GuestMessage, HostMessage, Message, MessageBuf, MessageHeader, MessageType, TlConnectResult,
+    read_prefix,
 };
 use hv_proto::monitor::MonitorId;
 use hv_proto::server::{Channel, Connection, MessageTarget, Refusal, UnloadDecision};
@@ -57,6 +58,9 @@ use crate::hypervisor::{MessageSink, SynicError, SynicPort};
 /// Most messages that wait for the SynIC. The states of channels and GPADLs bound them anyway;
 /// this is beyond what they allow.
 const MAX_OUTBOX: usize = 16 * 1024;
+
+/// What a guest hears that connects a socket to the host (`STATUS_CONNECTION_REFUSED` of NTSTATUS).
+const STATUS_CONNECTION_REFUSED: u32 = 0xc000_0236;
 
 /// How often waiting messages are tried again.
 const OUTBOX_RETRY: Duration = Duration::from_millis(2);
@@ -490,9 +494,14 @@ impl Server {
             GuestMessage::RelidReleased(m) => self.relid_released(st, m.channel_id),
             GuestMessage::ModifyChannel(m) => self.modify_channel(st, &m),
             GuestMessage::TlConnectRequest(m) => {
-                // There are no sockets to the host: nobody listens. A guest's connect() ends by
-                // its own timeout, as it does on a host without such a service.
+                // There are no sockets to the host: nobody listens.
                 tracing::debug!(service = %m.host_service_id, "no such socket service");
+                let answer = TlConnectResult {
+                    guest_endpoint_id: m.guest_endpoint_id,
+                    host_service_id: m.host_service_id,
+                    status: STATUS_CONNECTION_REFUSED.into(),
+                };
+                self.reply(st, &answer);
             }
             GuestMessage::Unknown(kind) => {
                 complain!(

@@ -13,6 +13,7 @@ use hv_proto::hypercall::HvStatus;
 use hv_proto::ids::{ChannelId, ConnectionId, GpadlId};
 use hv_proto::message::{
     CloseChannel, GpadlHeader, GpadlTeardown, HostMessage, Message, MessageType, OfferChannel,
+    TlConnectRequest,
 };
 use hv_proto::packet::{PacketType, TransferPageRange};
 use hv_proto::ring::Field;
@@ -1120,6 +1121,22 @@ fn a_guest_that_does_not_take_messages() {
 }
 
 #[test]
+fn sockets_to_the_host_are_refused() {
+    let guest = FakeGuest::connected(Version::V5_3);
+    guest.post(&TlConnectRequest {
+        guest_endpoint_id: guid(4),
+        host_service_id: guid(5),
+    });
+    match guest.expect() {
+        HostMessage::TlConnectResult(m) => {
+            assert_eq!((m.guest_endpoint_id, m.host_service_id), (guid(4), guid(5)));
+            assert_ne!(m.status.get(), 0);
+        }
+        other => panic!("{other:?}"),
+    }
+}
+
+#[test]
 fn channel_numbers_are_bounded_and_not_reused_at_once() {
     let (guest, _handle, log, channel) = echo_guest();
     let device = log.devices.lock().unwrap()[0].clone();
@@ -1193,6 +1210,7 @@ fn the_trace_tells_everything() {
     ];
     assert_eq!(kinds, expected);
     assert!(lines.iter().all(|l| l["t"].is_number()));
+    assert!(text.lines().all(|l| l.starts_with(r#"{"t":"#)));
     assert_eq!(lines[0]["version"], "5.3");
     assert_eq!(lines[9]["kind"], "packet");
     assert_eq!(lines[9]["len"], 32);

@@ -2,9 +2,12 @@
 
 //! The trace: every control message and every packet header as one line of JSON.
 //!
-//! A line has `t` (seconds since the trace began), `kind` (`message` or `packet`) and `dir`
-//! (`to_host` or `to_guest`); what else there is depends on the kind. Payloads are not traced.
+//! A line has `t` (seconds since the trace began), `dir` (`to_host` or `to_guest`), `kind`
+//! (`message` or `packet`) and `type` (its name in `hv_proto`, its number if it has none there,
+//! `INVALID` for a message that cannot be parsed); what else there is depends on the type.
+//! Payloads are not traced.
 
+use std::fmt::Write as _;
 use std::fs::File;
 use std::io::{self, BufWriter, Write};
 use std::path::Path;
@@ -74,14 +77,25 @@ impl Trace {
         }
     }
 
-    fn line(&self, kind: &str, direction: Direction, mut fields: Map<String, Value>, flush: bool) {
-        // Microseconds, so that lines of fast packets differ.
-        let t = (self.start.elapsed().as_secs_f64() * 1e6).round() / 1e6;
-        fields.insert("t".into(), json!(t));
-        fields.insert("kind".into(), json!(kind));
-        fields.insert("dir".into(), json!(direction.name()));
-        let mut text = Value::Object(fields).to_string();
-        text.push('\n');
+    fn line(
+        &self,
+        kind: &str,
+        direction: Direction,
+        name: &str,
+        fields: &Map<String, Value>,
+        flush: bool,
+    ) {
+        let t = self.start.elapsed().as_secs_f64();
+        // By hand, so that what every line has comes first.
+        let mut text = format!(
+            r#"{{"t":{t:.6},"dir":"{}","kind":"{kind}","type":"{name}""#,
+            direction.name()
+        );
+        for (key, value) in fields {
+            // Writing to a string does not fail.
+            let _ = write!(text, r#","{key}":{value}"#);
+        }
+        text.push_str("}\n");
         let mut output = self.output.lock().unwrap_or_else(PoisonError::into_inner);
         if output.broken {
             return;
@@ -105,7 +119,6 @@ impl Trace {
     ) {
         let mut fields = object(json!({
             "channel": channel.get(),
-            "type": format!("{:?}", descriptor.packet_type),
             "flags": descriptor.flags.get(),
             "transaction_id": descriptor.transaction_id.get(),
             "header_len": descriptor.payload_offset(),
@@ -114,27 +127,26 @@ impl Trace {
         if let Some(interrupt) = interrupt {
             fields.insert("interrupt".into(), json!(interrupt));
         }
-        self.line("packet", direction, fields, false);
+        let name = format!("{:?}", descriptor.packet_type);
+        self.line("packet", direction, &name, &fields, false);
     }
 
     /// A message of the guest that could be parsed.
     pub(super) fn guest_message(&self, connection: u32, message: &GuestMessage<'_>) {
         let mut fields = object(guest_fields(message));
         fields.insert("connection".into(), json!(connection));
-        fields.insert(
-            "type".into(),
-            json!(format!("{:?}", message.message_type())),
-        );
-        self.line("message", Direction::ToHost, fields, true);
+        let name = format!("{:?}", message.message_type());
+        self.line("message", Direction::ToHost, &name, &fields, true);
     }
 
     /// A message of the guest that makes no sense.
     pub(super) fn bad_message(&self, connection: u32, bytes: &[u8], error: &str) {
         let hex: String = bytes.iter().map(|b| format!("{b:02x}")).collect();
         let fields = json!({
-            "connection": connection, "type": "INVALID", "error": error, "bytes": hex,
+            "connection": connection, "error": error, "bytes": hex,
         });
-        self.line("message", Direction::ToHost, object(fields), true);
+        let fields = object(fields);
+        self.line("message", Direction::ToHost, "INVALID", &fields, true);
     }
 
     /// A message to the guest.
@@ -142,11 +154,8 @@ impl Trace {
         let mut fields = object(host_fields(message));
         fields.insert("vp".into(), json!(vp));
         fields.insert("sint".into(), json!(sint));
-        fields.insert(
-            "type".into(),
-            json!(format!("{:?}", message.message_type())),
-        );
-        self.line("message", Direction::ToGuest, fields, true);
+        let name = format!("{:?}", message.message_type());
+        self.line("message", Direction::ToGuest, &name, &fields, true);
     }
 }
 
@@ -238,6 +247,11 @@ fn host_fields(message: &HostMessage) -> Value {
             "status": m.status.get(),
         }),
         HostMessage::GpadlTorndown(m) => json!({ "gpadl": m.gpadl_id.get() }),
+        HostMessage::TlConnectResult(m) => json!({
+            "guest_endpoint": m.guest_endpoint_id.to_string(),
+            "host_service": m.host_service_id.to_string(),
+            "status": m.status.get(),
+        }),
         HostMessage::VersionResponse(m) => json!({
             "version_supported": m.version_supported != 0,
             "connection_state": m.connection_state,
