@@ -1120,6 +1120,106 @@ fn a_guest_that_does_not_take_messages() {
     }
 }
 
+/// How the use of rings ends.
+#[derive(Debug, Clone, Copy)]
+enum Ending {
+    Close,
+    Rescind,
+    Unload,
+    Contact,
+    Reset,
+}
+
+/// With packets under way on several channels: when the guest hears of the end, the host does not
+/// touch the rings any more.
+#[test]
+fn the_host_lets_go_of_rings_under_traffic() {
+    use Ending::*;
+    for round in 0..20 {
+        let ending = [Close, Rescind, Unload, Contact, Reset][round % 5];
+        let (mut guest, handle, log, primary) = echo_guest();
+        let mut handle = Some(handle);
+        handle
+            .as_ref()
+            .unwrap()
+            .device()
+            .offer_subchannels(2)
+            .unwrap();
+        let subs = [guest.expect_offer(), guest.expect_offer()];
+        let mut channels = vec![primary];
+        for sub in &subs {
+            channels.push(guest.open(sub, 3, 3).unwrap());
+        }
+        let ids: Vec<_> = channels.iter().map(|c| (c.id, c.gpadl)).collect();
+        let pages: Vec<u64> = channels.iter().flat_map(|c| c.pages.clone()).collect();
+        let stop = Arc::new(AtomicBool::new(false));
+        let traffic: Vec<_> = channels
+            .into_iter()
+            .map(|mut channel| {
+                let stop = stop.clone();
+                thread::spawn(move || {
+                    let mut id = 0;
+                    while !stop.load(Ordering::SeqCst) {
+                        id += u64::from(channel.try_send(id, &[7; 100], true).is_ok());
+                        while channel.take().is_some() {
+                            channel.commit();
+                        }
+                    }
+                    id
+                })
+            })
+            .collect();
+        thread::sleep(Duration::from_millis(5));
+        match ending {
+            Close => {
+                for (channel_id, gpadl_id) in ids.into_iter().rev() {
+                    guest.post(&CloseChannel { channel_id });
+                    guest.post(&GpadlTeardown {
+                        channel_id,
+                        gpadl_id,
+                    });
+                }
+                let mut torn_down = 0;
+                while torn_down < 3 {
+                    torn_down += match guest.expect() {
+                        HostMessage::GpadlTorndown(_) => 1,
+                        HostMessage::RescindChannelOffer(_) => 0,
+                        other => panic!("{other:?}"),
+                    };
+                }
+            }
+            Rescind => {
+                handle.take().unwrap().rescind();
+                for _ in 0..3 {
+                    guest.expect_rescind();
+                }
+            }
+            Unload => guest.unload(),
+            Contact => assert!(guest.connect(Version::V5_3)),
+            Reset => guest.server.reset(),
+        }
+        stop.store(true, Ordering::SeqCst);
+        let sent: u64 = traffic.into_iter().map(|t| t.join().unwrap()).sum();
+        assert!(sent > 0);
+        for pfn in &pages {
+            let at = GuestAddress(pfn << 12);
+            guest.mem.write_slice(&[0xa5; 4096], at).unwrap();
+        }
+        thread::sleep(Duration::from_millis(5));
+        for pfn in &pages {
+            let mut page = [0; 4096];
+            let at = GuestAddress(pfn << 12);
+            guest.mem.read_slice(&mut page, at).unwrap();
+            assert!(page.iter().all(|&b| b == 0xa5), "touched after {ending:?}");
+        }
+        assert_eq!(
+            Log::count(&log.opens),
+            Log::count(&log.closes),
+            "{ending:?}"
+        );
+    }
+}
+
 #[test]
 fn sockets_to_the_host_are_refused() {
     let guest = FakeGuest::connected(Version::V5_3);
