@@ -127,8 +127,13 @@ pub struct RunArgs {
     #[arg(long, value_name = "VERSION", default_value_t = Version::V6_0)]
     pub vmbus_max_version: Version,
 
+    /// Let the guest signal through monitor pages, which the host looks at every so many
+    /// microseconds (100 to 100000), instead of by hypercalls
+    #[arg(long, value_name = "MICROSECONDS", value_parser = clap::value_parser!(u64).range(100..=100_000))]
+    pub vmbus_monitor_latency: Option<u64>,
+
     /// Offer no VMBus to the guest
-    #[arg(long, conflicts_with_all = ["vmbus_max_version", "trace"])]
+    #[arg(long, conflicts_with_all = ["vmbus_max_version", "vmbus_monitor_latency", "trace"])]
     pub no_vmbus: bool,
 
     /// Write every VMBus message and packet header to FILE as JSON lines

@@ -6,6 +6,7 @@
 
 use std::path::PathBuf;
 use std::sync::Arc;
+use std::time::Duration;
 
 use hv_proto::version::Version;
 
@@ -53,6 +54,9 @@ pub struct HostConfig {
     /// The newest VMBus version to speak; `None` for a machine without VMBus, and so without
     /// devices.
     pub vmbus: Option<Version>,
+    /// Lets the guest signal through monitor pages, at which the host looks so often, instead of
+    /// by hypercalls.
+    pub monitor_latency: Option<Duration>,
     /// Where the trace of the bus goes.
     pub trace: Option<PathBuf>,
     /// The controllers.
@@ -73,6 +77,7 @@ impl HostConfig {
         Self {
             vm,
             vmbus: Some(Version::V6_0),
+            monitor_latency: None,
             trace: None,
             storage,
             disks: Vec::new(),
@@ -111,10 +116,12 @@ impl Host {
         let mut server = None;
         if let Some(max_version) = config.vmbus {
             let synic: Arc<dyn SynicPort> = vm.synic();
+            let monitor_latency = config.monitor_latency;
             let config = ServerConfig {
                 max_version,
                 vp_count,
                 trace,
+                monitor_latency,
             };
             let bus = Server::new(vm.memory(), synic, config);
             vm.set_message_sink(bus.clone());

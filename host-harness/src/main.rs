@@ -10,6 +10,7 @@ use std::process::ExitCode;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicI32, Ordering};
 use std::thread;
+use std::time::Duration;
 
 use anyhow::{Context, bail};
 use clap::Parser;
@@ -111,6 +112,7 @@ fn run(args: RunArgs) -> anyhow::Result<u8> {
             max_version: args.vmbus_max_version,
             vp_count: cpus,
             trace,
+            monitor_latency: args.vmbus_monitor_latency.map(Duration::from_micros),
         };
         let server = Server::new(vm.memory(), synic, config);
         vm.set_message_sink(server.clone());
@@ -144,7 +146,7 @@ fn run(args: RunArgs) -> anyhow::Result<u8> {
     }
 
     let end = loop {
-        if let Some(end) = handle.wait_timeout(std::time::Duration::from_secs(3600)) {
+        if let Some(end) = handle.wait_timeout(Duration::from_secs(3600)) {
             break end;
         }
     };

@@ -55,7 +55,12 @@ impl Server {
     ///
     /// # Errors
     /// [`OfferError`]: the instance or all numbers are in use, or there can be no more threads.
-    pub fn offer(&self, params: OfferParams, vsp: Box<dyn Vsp>) -> Result<OfferHandle, OfferError> {
+    pub fn offer(
+        &self,
+        mut params: OfferParams,
+        vsp: Box<dyn Vsp>,
+    ) -> Result<OfferHandle, OfferError> {
+        params.monitor_latency = params.monitor_latency.or(self.monitor_latency());
         let mut st = self.lock();
         let mut same = st
             .devices

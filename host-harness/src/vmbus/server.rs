@@ -77,6 +77,8 @@ pub struct ServerConfig {
     pub vp_count: u32,
     /// Where messages and packet headers are traced to.
     pub trace: Option<Arc<Trace>>,
+    /// What [`OfferParams::monitor_latency`] is for devices that leave it open.
+    pub monitor_latency: Option<Duration>,
 }
 
 /// Why a device or sub-channel cannot be offered.
@@ -329,6 +331,10 @@ impl Server {
 
     pub(super) fn trace(&self) -> Option<&Arc<Trace>> {
         self.config.trace.as_ref()
+    }
+
+    pub(super) fn monitor_latency(&self) -> Option<Duration> {
+        self.config.monitor_latency
     }
 
     pub(super) fn has_vp(&self, vp: u32) -> bool {

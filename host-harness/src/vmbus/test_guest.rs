@@ -179,6 +179,7 @@ impl FakeGuest {
             max_version,
             vp_count: 4,
             trace,
+            monitor_latency: None,
         };
         let server = Server::new(mem.clone(), synic.clone(), config);
         Self {

@@ -69,8 +69,9 @@ pub struct OfferParams {
     /// Data for the guest's driver.
     pub user_defined: [u8; USER_DATA_SIZE],
     /// If set, the guest signals through monitor pages instead of a hypercall, and the server
-    /// looks at these pages about once in this time. `None` for most devices: looking costs host
-    /// time for ever, while a signal costs nothing when it is not sent.
+    /// looks at these pages about once in this time. `None` for most devices, unless the server's
+    /// configuration says otherwise: looking costs host time for ever, while a signal costs
+    /// nothing when it is not sent.
     pub monitor_latency: Option<std::time::Duration>,
 }
 
