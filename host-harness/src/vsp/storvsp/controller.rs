@@ -274,13 +274,13 @@ impl Inner {
             count(&self.counters.lost_answers);
             return;
         }
-        self.complete(
-            &job.channel,
-            job.transaction_id,
-            job.wants_completion,
-            packet.bytes(job.version),
-        );
-        if take_one(&self.duplicate_answers) {
+        // Decided before anything is sent: the guest must not see the one of its next command.
+        let times = if take_one(&self.duplicate_answers) {
+            2
+        } else {
+            1
+        };
+        for _ in 0..times {
             self.complete(
                 &job.channel,
                 job.transaction_id,
