@@ -627,7 +627,10 @@ impl Connection {
         match self.channel(id) {
             Some(channel) => channel.rescind(),
             // Its offer was refused, and the id given back, before.
-            None => warn_limited!("rescind of channel {}, which is not there\n", id.get()),
+            None if self.is_in(State::Connected) => {
+                warn_limited!("rescind of channel {}, which is not there\n", id.get());
+            }
+            None => {}
         }
     }
 
@@ -735,15 +738,15 @@ impl Connection {
         // An offer may be at work.
         self.queues.flush();
         let _ = self.for_each_channel(|channel| {
-            if channel.primary().is_some() {
+            if channel.primary().is_none() {
                 channel.leave();
             }
             Ok(())
         });
+        self.queues.flush();
+        // Most hosts take the sub-channels away when the primary channel is closed.
         let _ = self.for_each_channel(|channel| {
-            if channel.primary().is_none() {
-                channel.leave();
-            }
+            channel.leave();
             Ok(())
         });
         self.queues.flush();

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: GPL-2.0
 
-//! The interrupt handler, and the ways in which a kernel ends: kexec, crash, panic.
+//! The interrupt handler, and the ways in which a kernel ends: kexec, crash, panic, hibernation.
 //!
 //! The kernel has one slot for each of these handlers and calls them without an argument, so the
 //! connection is found through a static.
@@ -13,9 +13,13 @@ use crate::{
     raw, //
     rcu::RcuArc,
 };
-use core::ptr::addr_of_mut;
+use core::{
+    marker::PhantomData,
+    ptr::addr_of_mut, //
+};
 use kernel::{
     bindings,
+    error::to_result,
     ffi::c_ulong,
     prelude::*,
     sync::{
@@ -101,67 +105,179 @@ extern "C" fn crash(_regs: *mut bindings::pt_regs) {
     connection.disable_cpu(cpu);
 }
 
-extern "C" fn panic(
+/// One of the kernel's lists of callbacks.
+trait Chain {
+    /// Callbacks with a higher priority come first.
+    const PRIORITY: c_int;
+
+    /// Adds a block to the list.
+    ///
+    /// # Safety
+    ///
+    /// The block must stay where it is until it is removed.
+    unsafe fn add(block: *mut bindings::notifier_block) -> c_int;
+
+    /// Removes a block from the list, and waits for callbacks that run.
+    ///
+    /// # Safety
+    ///
+    /// The block must be in the list.
+    unsafe fn remove(block: *mut bindings::notifier_block);
+
+    /// Something has happened.
+    fn notify(action: c_ulong) -> c_int;
+}
+
+extern "C" fn notified<C: Chain>(
     _block: *mut bindings::notifier_block,
-    _action: c_ulong,
+    action: c_ulong,
     _data: *mut c_void,
 ) -> c_int {
-    let guard = rcu::read_lock();
-    if let Some(connection) = CURRENT.get(&guard) {
-        connection.crash_unload();
-    }
-    bindings::NOTIFY_DONE as c_int
+    C::notify(action)
 }
 
-/// While this value exists, the connection ends before the kernel does.
+/// An entry in such a list, while this value exists.
 #[pin_data(PinnedDrop)]
-pub(crate) struct ExitHandlers {
+struct Notifier<C: Chain> {
     #[pin]
-    panic: Opaque<bindings::notifier_block>,
+    block: Opaque<bindings::notifier_block>,
+    _chain: PhantomData<C>,
 }
 
-// SAFETY: The handlers can be removed from any thread.
-unsafe impl Send for ExitHandlers {}
+// SAFETY: The entry can be removed from any thread.
+unsafe impl<C: Chain> Send for Notifier<C> {}
 
 // SAFETY: There is nothing to do with a shared reference.
-unsafe impl Sync for ExitHandlers {}
+unsafe impl<C: Chain> Sync for Notifier<C> {}
 
-impl ExitHandlers {
-    pub(crate) fn new() -> impl PinInit<Self, Error> {
+impl<C: Chain> Notifier<C> {
+    fn new() -> impl PinInit<Self, Error> {
         try_pin_init!(Self {
-            panic <- Opaque::try_ffi_init(|slot: *mut bindings::notifier_block| {
-                // SAFETY: `slot` is valid for writes and stays where it is until it is
-                // unregistered. The slots of the kernel are ours, as that of the interrupt.
-                unsafe {
+            block <- Opaque::try_ffi_init(|slot: *mut bindings::notifier_block| {
+                // SAFETY: `slot` is valid for writes, and stays where it is until `drop`.
+                to_result(unsafe {
                     slot.write(bindings::notifier_block {
-                        notifier_call: Some(panic),
-                        // After everyone who may still want to use a device.
-                        priority: c_int::MIN + 1,
+                        notifier_call: Some(notified::<C>),
+                        priority: C::PRIORITY,
                         ..Default::default()
                     });
-                    raw::hv_setup_kexec_handler(Some(kexec));
-                    raw::hv_setup_crash_handler(Some(crash));
-                    kernel::error::to_result(bindings::atomic_notifier_chain_register(
-                        addr_of_mut!(raw::panic_notifier_list),
-                        slot,
-                    ))
-                }
+                    C::add(slot)
+                })
             }),
+            _chain: PhantomData,
         })
     }
 }
 
 #[pinned_drop]
-impl PinnedDrop for ExitHandlers {
+impl<C: Chain> PinnedDrop for Notifier<C> {
     fn drop(self: Pin<&mut Self>) {
-        // SAFETY: `Self::new` has registered all of them.
+        // SAFETY: `Self::new` has added the block.
+        unsafe { C::remove(self.block.get()) };
+    }
+}
+
+/// The kernel panics.
+struct Panic;
+
+impl Chain for Panic {
+    // After everyone who may still want to use a device.
+    const PRIORITY: c_int = c_int::MIN + 1;
+
+    unsafe fn add(block: *mut bindings::notifier_block) -> c_int {
+        // SAFETY: By the safety requirements.
+        unsafe {
+            bindings::atomic_notifier_chain_register(addr_of_mut!(raw::panic_notifier_list), block)
+        }
+    }
+
+    unsafe fn remove(block: *mut bindings::notifier_block) {
+        // SAFETY: By the safety requirements.
         unsafe {
             bindings::atomic_notifier_chain_unregister(
                 addr_of_mut!(raw::panic_notifier_list),
-                self.panic.get(),
-            );
+                block,
+            )
+        };
+    }
+
+    fn notify(_action: c_ulong) -> c_int {
+        let guard = rcu::read_lock();
+        if let Some(connection) = CURRENT.get(&guard) {
+            connection.crash_unload();
+        }
+        bindings::NOTIFY_DONE as c_int
+    }
+}
+
+/// The machine is about to sleep.
+struct Sleep;
+
+impl Chain for Sleep {
+    const PRIORITY: c_int = 0;
+
+    unsafe fn add(block: *mut bindings::notifier_block) -> c_int {
+        // SAFETY: By the safety requirements.
+        unsafe { bindings::register_pm_notifier(block) }
+    }
+
+    unsafe fn remove(block: *mut bindings::notifier_block) {
+        // SAFETY: By the safety requirements.
+        unsafe { bindings::unregister_pm_notifier(block) };
+    }
+
+    /// Refuses to hibernate: the channels of the kernel that wakes up would be gone.
+    fn notify(action: c_ulong) -> c_int {
+        if action != bindings::PM_HIBERNATION_PREPARE as c_ulong {
+            return bindings::NOTIFY_DONE as c_int;
+        }
+        pr_err!("hibernation is not supported\n");
+        // As `notifier_from_errno`.
+        bindings::NOTIFY_STOP_MASK as c_int | (bindings::NOTIFY_OK as c_int - EOPNOTSUPP.to_errno())
+    }
+}
+
+/// The kernel's slots for kexec and crash, while this value exists.
+struct Slots(());
+
+impl Slots {
+    fn new() -> Self {
+        // SAFETY: The slots are ours, as that of the interrupt, and the handlers are removed before
+        // the module can go.
+        unsafe {
+            raw::hv_setup_kexec_handler(Some(kexec));
+            raw::hv_setup_crash_handler(Some(crash));
+        }
+        Self(())
+    }
+}
+
+impl Drop for Slots {
+    fn drop(&mut self) {
+        // SAFETY: `Self::new` has set the handlers.
+        unsafe {
             raw::hv_remove_kexec_handler();
             raw::hv_remove_crash_handler();
         }
+    }
+}
+
+/// While this value exists, the connection ends before the kernel does.
+#[pin_data]
+pub(crate) struct ExitHandlers {
+    #[pin]
+    sleep: Notifier<Sleep>,
+    #[pin]
+    panic: Notifier<Panic>,
+    slots: Slots,
+}
+
+impl ExitHandlers {
+    pub(crate) fn new() -> impl PinInit<Self, Error> {
+        try_pin_init!(Self {
+            sleep <- Notifier::new(),
+            panic <- Notifier::new(),
+            slots: Slots::new(),
+        })
     }
 }

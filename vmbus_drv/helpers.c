@@ -198,7 +198,7 @@ void vmbus_helper_init_completion(struct completion *c)
 
 struct workqueue_struct *vmbus_helper_alloc_ordered_queue(const char *name)
 {
-	return alloc_ordered_workqueue("%s", WQ_MEM_RECLAIM, name);
+	return alloc_ordered_workqueue("%s", 0, name);
 }
 
 struct workqueue_struct *vmbus_helper_alloc_unbound_queue(const char *name)
