@@ -12,7 +12,7 @@
 //! ```
 //!
 //! A product appears in `store/` by one `rename`, so an interruption at any point leaves only
-//! something in `tmp/`, which the next set-up removes.
+//! something in `tmp/`, which the next process that makes something removes.
 
 use std::{
     fs::{self, File, TryLockError},
@@ -90,11 +90,6 @@ pub struct Recipe<'a> {
     pub expected_lines: u64,
 }
 
-/// Proof that this process may write to the store.
-pub struct SetupLock {
-    _file: File,
-}
-
 /// A temporary directory, removed when dropped unless it was renamed away.
 pub struct Temporary(PathBuf);
 
@@ -107,7 +102,7 @@ impl Temporary {
 
 impl Drop for Temporary {
     fn drop(&mut self) {
-        // What cannot be removed now is removed by the next set-up.
+        // What cannot be removed now is removed by a later process.
         let _ = remove_tree(&self.0);
     }
 }
@@ -161,17 +156,13 @@ impl Cache {
         })
     }
 
-    /// Waits until no other set-up runs, and removes what interrupted ones left.
-    ///
-    /// # Errors
-    ///
-    /// When the lock file cannot be locked or an old temporary cannot be removed.
-    pub fn lock_setup(&self) -> Result<SetupLock> {
-        let file = lock_file(&self.root.join("setup.lock"))?;
+    /// Waits until no other process makes something, and removes what interrupted ones left.
+    fn lock_store(&self) -> Result<File> {
+        let file = lock_file(&self.root.join("store.lock"))?;
         match file.try_lock() {
             Ok(()) => {}
             Err(TryLockError::WouldBlock) => {
-                ui::info("waiting for another set-up to end");
+                ui::info("waiting for another `cargo xtask`, which is making something");
                 file.lock().context("cannot lock the cache")?;
             }
             Err(TryLockError::Error(error)) => {
@@ -181,9 +172,11 @@ impl Cache {
         let tmp = self.root.join("tmp");
         for entry in fs::read_dir(&tmp).with_context(|| format!("cannot read {}", tmp.display()))? {
             let path = entry?.path();
-            remove_tree(&path).with_context(|| format!("cannot remove {}", path.display()))?;
+            if !owner_lives(&path) {
+                remove_tree(&path).with_context(|| format!("cannot remove {}", path.display()))?;
+            }
         }
-        Ok(SetupLock { _file: file })
+        Ok(file)
     }
 
     /// The product of a recipe if it is in the store.
@@ -193,6 +186,30 @@ impl Cache {
             touch(&path);
             path
         })
+    }
+
+    /// Takes the product of a recipe out of the store, so that it is made again.
+    ///
+    /// # Errors
+    ///
+    /// Those of the file system.
+    pub fn forget(&self, recipe: &Recipe<'_>) -> Result<()> {
+        let _lock = self.lock_store()?;
+        if let Some(path) = self.find(recipe) {
+            self.discard(&path)
+                .with_context(|| format!("cannot remove {}", path.display()))?;
+        }
+        Ok(())
+    }
+
+    /// Removes a product: out of the store at once, then at leisure.
+    fn discard(&self, path: &Path) -> io::Result<()> {
+        let gone = self
+            .root
+            .join("tmp")
+            .join(format!("old-{}", std::process::id()));
+        fs::rename(path, &gone)?;
+        remove_tree(&gone)
     }
 
     fn place(&self, recipe: &Recipe<'_>) -> PathBuf {
@@ -211,10 +228,14 @@ impl Cache {
     /// Those of `make`, and those of the file system.
     pub fn get(
         &self,
-        _lock: &SetupLock,
         recipe: &Recipe<'_>,
         make: impl FnOnce(&Path, &mut Step) -> Result<()>,
     ) -> Result<PathBuf> {
+        if let Some(path) = self.find(recipe) {
+            return Ok(path);
+        }
+        let _lock = self.lock_store()?;
+        // Whoever had the lock may have made it.
         if let Some(path) = self.find(recipe) {
             return Ok(path);
         }
@@ -241,7 +262,7 @@ impl Cache {
         self.root.join("log").join(format!("{name}.log"))
     }
 
-    /// Makes an empty directory that is removed when it is dropped, or at worst by the next set-up.
+    /// Makes an empty directory that is removed when it is dropped, or at worst by a later process.
     ///
     /// # Errors
     ///
@@ -276,12 +297,16 @@ impl Cache {
         old.reverse();
         for (_, path) in old.into_iter().skip(KEEP - 1) {
             // A product that cannot be removed only costs space.
-            let gone = self.root.join("tmp").join("old");
-            if fs::rename(&path, &gone).is_ok() {
-                let _ = remove_tree(&gone);
-            }
+            let _ = self.discard(&path);
         }
     }
+}
+
+/// Whether the process that a temporary (`NAME-PID`) is named after still runs.
+fn owner_lives(path: &Path) -> bool {
+    path.file_name()
+        .and_then(|name| name.to_str()?.rsplit_once('-'))
+        .is_some_and(|(_, pid)| Path::new("/proc").join(pid).exists())
 }
 
 /// Marks a product as just used; only the choice of what to prune depends on it.
@@ -333,7 +358,7 @@ pub fn clean() -> Result<()> {
             "the cache is in use by another `cargo xtask`".to_owned()
         ));
     }
-    for name in ["store", "tmp", "log", "setup.lock"] {
+    for name in ["store", "tmp", "log", "store.lock"] {
         remove_tree(&root.join(name))
             .with_context(|| format!("cannot remove {}", root.join(name).display()))?;
     }

@@ -23,7 +23,6 @@ use crate::{
 ///
 /// Names the first check that found something, with what it printed.
 pub fn run(cache: &Cache, source: &KernelSource) -> Result<()> {
-    let lock = cache.lock_setup()?;
     host::ensure_packages(&KvmChoice::Direct, &cache.log_path("packages"))?;
     let cargo = |title: &str, arguments: &[&str]| -> Result<()> {
         let log = cache.log_path("check");
@@ -48,8 +47,8 @@ pub fn run(cache: &Cache, source: &KernelSource) -> Result<()> {
     )?;
 
     let workspace = Workspace::load()?;
-    let root = root::ensure(cache, &lock)?;
-    let kernel = kernel::ensure(cache, &lock, &root, source, false)?;
+    let root = root::ensure(cache)?;
+    let kernel = kernel::ensure(cache, &root, source, false)?;
     let directory = cache.temporary("check")?;
     let work = directory.path().join("build");
     let sources = kmod::sources()?;

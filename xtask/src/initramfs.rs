@@ -16,7 +16,7 @@ use std::{
 use anyhow::{Context, Result, bail};
 
 use crate::{
-    cache::{Cache, Key, Recipe, SetupLock},
+    cache::{Cache, Key, Recipe},
     kernel::Kernel,
     root::{self, BuildRoot},
     ui::Step,
@@ -233,12 +233,7 @@ fn pack(root: &BuildRoot, init: &str, files: &[(&str, &Path)], tmp: &Path) -> Re
 /// # Errors
 ///
 /// When the kernel lacks a module that L1 needs, or a step fails.
-pub fn ensure_l1(
-    cache: &Cache,
-    lock: &SetupLock,
-    root: &BuildRoot,
-    kernel: &Kernel,
-) -> Result<PathBuf> {
+pub fn ensure_l1(cache: &Cache, root: &BuildRoot, kernel: &Kernel) -> Result<PathBuf> {
     let recipe = Recipe {
         name: "l1",
         title: "L1 image",
@@ -249,7 +244,7 @@ pub fn ensure_l1(
             .add("init", L1_INIT.as_bytes()),
         expected_lines: 3,
     };
-    let path = cache.get(lock, &recipe, |tmp, step| {
+    let path = cache.get(&recipe, |tmp, step| {
         collect_modules(root, kernel, L1_MODULES, &[], tmp, step)?;
         pack(root, L1_INIT, &[], tmp)
     })?;
@@ -263,7 +258,6 @@ pub fn ensure_l1(
 /// When the kernel lacks a module that the guest needs, or a step fails.
 pub fn ensure_guest(
     cache: &Cache,
-    lock: &SetupLock,
     root: &BuildRoot,
     kernel: &Kernel,
     modules: &Path,
@@ -293,7 +287,7 @@ pub fn ensure_guest(
         key,
         expected_lines: 3,
     };
-    let path = cache.get(lock, &recipe, |tmp, step| {
+    let path = cache.get(&recipe, |tmp, step| {
         collect_modules(root, kernel, GUEST_MODULES, &extra, tmp, step)?;
         pack(root, GUEST_INIT, &[("bin/guest-agent", agent)], tmp)
     })?;

@@ -16,7 +16,7 @@ use anyhow::{Context, Result, bail};
 
 use crate::{
     Unmet,
-    cache::{Cache, Key, Recipe, SetupLock, remove_tree},
+    cache::{Cache, Key, Recipe},
     cmd, debian,
     root::{self, BuildRoot},
     ui::{self, Step},
@@ -80,17 +80,14 @@ pub fn make_in_root(release: &str) -> String {
 /// When there is no such kernel (the message names the alternatives), or a step fails.
 pub fn ensure(
     cache: &Cache,
-    lock: &SetupLock,
     root: &BuildRoot,
     source: &KernelSource,
     update: bool,
 ) -> Result<Kernel> {
     match source {
-        KernelSource::Archive => from_packages(cache, lock, root, None, update),
-        KernelSource::Packages(directory) => {
-            from_packages(cache, lock, root, Some(directory), false)
-        }
-        KernelSource::Tree(tree) => from_tree(cache, lock, tree),
+        KernelSource::Archive => from_packages(cache, root, None, update),
+        KernelSource::Packages(directory) => from_packages(cache, root, Some(directory), false),
+        KernelSource::Tree(tree) => from_tree(cache, tree),
     }
 }
 
@@ -120,7 +117,6 @@ fn package_files(directory: &Path) -> Result<Vec<PathBuf>> {
 
 fn from_packages(
     cache: &Cache,
-    lock: &SetupLock,
     root: &BuildRoot,
     directory: Option<&Path>,
     update: bool,
@@ -148,11 +144,9 @@ fn from_packages(
         expected_lines: 40,
     };
     if update {
-        if let Some(old) = cache.find(&recipe) {
-            remove_tree(&old).with_context(|| format!("cannot remove {}", old.display()))?;
-        }
+        cache.forget(&recipe)?;
     }
-    let packages = cache.get(lock, &recipe, |tmp, step| {
+    let packages = cache.get(&recipe, |tmp, step| {
         let debs = tmp.join("debs");
         fs::create_dir(&debs)?;
         if directory.is_some() {
@@ -187,7 +181,7 @@ fn from_packages(
     let headers = packages
         .join("files/usr/src")
         .join(format!("linux-headers-{release}"));
-    let objects = cache.get(lock, &recipe, |tmp, step| {
+    let objects = cache.get(&recipe, |tmp, step| {
         fs::copy(headers.join(".config"), tmp.join(".config"))
             .context("the headers package has no .config")?;
         root.script(format!(
@@ -311,7 +305,7 @@ fn unpack(root: &BuildRoot, tmp: &Path, step: &mut Step) -> Result<()> {
 }
 
 /// Takes a tree that the user built. Its modules are installed into the store, without touching the tree.
-fn from_tree(cache: &Cache, lock: &SetupLock, tree: &Path) -> Result<Kernel> {
+fn from_tree(cache: &Cache, tree: &Path) -> Result<Kernel> {
     let unmet = |text: &str| Unmet(format!("--kdir {}: {text}", tree.display()));
     let tree = tree
         .canonicalize()
@@ -343,7 +337,7 @@ fn from_tree(cache: &Cache, lock: &SetupLock, tree: &Path) -> Result<Kernel> {
         expected_lines: 100,
     };
     let key = recipe.key.hex();
-    let installed = cache.get(lock, &recipe, |tmp, step| {
+    let installed = cache.get(&recipe, |tmp, step| {
         let modules = tmp.join("lib/modules").join(&release);
         fs::create_dir_all(&modules)?;
         if tree.join("modules.order").exists() {

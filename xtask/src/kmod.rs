@@ -10,7 +10,7 @@ use std::{
 use anyhow::{Context, Result, bail};
 
 use crate::{
-    cache::{Cache, Key, Recipe, SetupLock},
+    cache::{Cache, Key, Recipe},
     checkout, cmd,
     kernel::{self, Build, Kernel},
     root::{self, BuildRoot},
@@ -50,7 +50,6 @@ pub fn sources() -> Result<Vec<PathBuf>> {
 /// When the build fails; the message ends with what the compiler printed.
 pub fn ensure(
     cache: &Cache,
-    lock: &SetupLock,
     root: &BuildRoot,
     kernel: &Kernel,
     bitflags: &Path,
@@ -68,7 +67,7 @@ pub fn ensure(
         key,
         expected_lines: 40,
     };
-    cache.get(lock, &recipe, |tmp, step| {
+    cache.get(&recipe, |tmp, step| {
         let work = tmp.join("build");
         copy_sources(&sources, &work)?;
         make(root, kernel, bitflags, &work, "modules", step)?;

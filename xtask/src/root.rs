@@ -14,7 +14,7 @@ use std::{
 use anyhow::Result;
 
 use crate::{
-    cache::{Cache, Key, Recipe, SetupLock},
+    cache::{Cache, Key, Recipe},
     cmd, host,
     ui::Step,
 };
@@ -74,7 +74,7 @@ pub fn mmdebstrap(packages: &str, target: &Path, suites: &[&str], hooks: &[Strin
 /// # Errors
 ///
 /// Those of `mmdebstrap`.
-pub fn ensure(cache: &Cache, lock: &SetupLock) -> Result<BuildRoot> {
+pub fn ensure(cache: &Cache) -> Result<BuildRoot> {
     let hooks = [
         format!(
             "cd \"$1\" && mkdir -p {}",
@@ -91,7 +91,7 @@ pub fn ensure(cache: &Cache, lock: &SetupLock) -> Result<BuildRoot> {
         expected_lines: 900,
     };
     let key = recipe.key.hex();
-    let path = cache.get(lock, &recipe, |tmp, step| {
+    let path = cache.get(&recipe, |tmp, step| {
         let suites = ["trixie", "trixie-updates", "trixie-backports"];
         cmd::run_logged(
             &mut mmdebstrap(PACKAGES, &tmp.join("root"), &suites, &hooks),

@@ -10,7 +10,7 @@ use std::{fs, path::PathBuf};
 use anyhow::Result;
 
 use crate::{
-    cache::{Cache, Key, Recipe, SetupLock},
+    cache::{Cache, Key, Recipe},
     cmd,
     kernel::Kernel,
     root::{self, BuildRoot},
@@ -93,12 +93,7 @@ END
 /// # Errors
 ///
 /// When a step fails.
-pub fn ensure(
-    cache: &Cache,
-    lock: &SetupLock,
-    root: &BuildRoot,
-    kernel: &Kernel,
-) -> Result<PathBuf> {
+pub fn ensure(cache: &Cache, root: &BuildRoot, kernel: &Kernel) -> Result<PathBuf> {
     let recipe = Recipe {
         name: "debian",
         title: "Debian guest disk",
@@ -111,7 +106,7 @@ pub fn ensure(
             .add("customize", CUSTOMIZE.as_bytes()),
         expected_lines: 1100,
     };
-    let path = cache.get(lock, &recipe, |tmp, step| {
+    let path = cache.get(&recipe, |tmp, step| {
         let tree = tmp.join("tree");
         let suites = ["trixie", "trixie-updates"];
         let hooks = [CUSTOMIZE.replace("$MASKED", MASKED)];

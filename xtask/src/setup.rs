@@ -8,7 +8,7 @@ use anyhow::{Context, Result, bail};
 
 use crate::{
     Unmet,
-    cache::{Cache, SetupLock},
+    cache::Cache,
     cargo::Workspace,
     host::{self, KvmChoice},
     initramfs,
@@ -45,19 +45,18 @@ pub struct Ready {
 /// Those of the steps.
 pub fn run(cache: &Cache, source: &KernelSource, update: bool) -> Result<Ready> {
     let kvm = KvmChoice::probe();
-    let lock = cache.lock_setup()?;
     host::ensure_packages(&kvm, &cache.log_path("packages"))?;
     let workspace = Workspace::load()?;
-    let root = root::ensure(cache, &lock)?;
-    let kernel = kernel::ensure(cache, &lock, &root, source, update)?;
-    let modules = kmod::ensure(cache, &lock, &root, &kernel, &workspace.bitflags)?;
+    let root = root::ensure(cache)?;
+    let kernel = kernel::ensure(cache, &root, source, update)?;
+    let modules = kmod::ensure(cache, &root, &kernel, &workspace.bitflags)?;
     let agent = workspace.agent(cache)?;
-    let initramfs = initramfs::ensure_guest(cache, &lock, &root, &kernel, &modules, &agent)?;
-    let debian = rootfs::ensure(cache, &lock, &root, &kernel)?;
+    let initramfs = initramfs::ensure_guest(cache, &root, &kernel, &modules, &agent)?;
+    let debian = rootfs::ensure(cache, &root, &kernel)?;
     let l1 = if kvm.is_direct() {
         None
     } else {
-        Some(initramfs::ensure_l1(cache, &lock, &root, &kernel)?)
+        Some(initramfs::ensure_l1(cache, &root, &kernel)?)
     };
     let harness = workspace.harness(cache)?;
     Ok(Ready {
@@ -78,12 +77,11 @@ pub fn run(cache: &Cache, source: &KernelSource, update: bool) -> Result<Ready> 
 ///
 /// Those of the steps.
 pub fn modules(cache: &Cache, source: &KernelSource) -> Result<PathBuf> {
-    let lock: SetupLock = cache.lock_setup()?;
     host::ensure_packages(&KvmChoice::Direct, &cache.log_path("packages"))?;
     let workspace = Workspace::load()?;
-    let root = root::ensure(cache, &lock)?;
-    let kernel = kernel::ensure(cache, &lock, &root, source, false)?;
-    kmod::ensure(cache, &lock, &root, &kernel, &workspace.bitflags)
+    let root = root::ensure(cache)?;
+    let kernel = kernel::ensure(cache, &root, source, false)?;
+    kmod::ensure(cache, &root, &kernel, &workspace.bitflags)
 }
 
 /// How much memory the L1 VM has beyond that of a guest in it, in MiB: its kernel, the harness, and what
