@@ -6,7 +6,7 @@ use super::{BlockSizes, Disk, DiskError, IoBuf, SECTOR, check_range, file};
 use std::fs::File;
 use std::io;
 use std::os::unix::fs::FileTypeExt;
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{PoisonError, RwLock, RwLockReadGuard};
 
 /// A raw image.
 #[derive(Debug)]
@@ -14,7 +14,8 @@ pub struct RawDisk {
     file: File,
     read_only: bool,
     block_device: bool,
-    size: AtomicU64,
+    /// Requests share it, so that the size does not change under them; a resize takes it alone.
+    size: RwLock<u64>,
 }
 
 impl RawDisk {
@@ -29,24 +30,29 @@ impl RawDisk {
         let length = file::length(&file)?;
         let block_device = file.metadata()?.file_type().is_block_device();
         Ok(Self {
-            size: AtomicU64::new(length.next_multiple_of(SECTOR)),
+            size: RwLock::new(length.next_multiple_of(SECTOR)),
             file,
             read_only,
             block_device,
         })
     }
 
-    fn check_write(&self, offset: u64, len: u64) -> Result<(), DiskError> {
+    // A number is always consistent.
+    fn shared(&self) -> RwLockReadGuard<'_, u64> {
+        self.size.read().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn writable(&self) -> Result<(), DiskError> {
         if self.read_only {
             return Err(DiskError::ReadOnly);
         }
-        check_range(self.size(), offset, len)
+        Ok(())
     }
 }
 
 impl Disk for RawDisk {
     fn size(&self) -> u64 {
-        self.size.load(Ordering::Relaxed)
+        *self.shared()
     }
 
     fn block_sizes(&self) -> BlockSizes {
@@ -58,17 +64,22 @@ impl Disk for RawDisk {
     }
 
     fn read_at(&self, offset: u64, buf: &IoBuf<'_>) -> Result<(), DiskError> {
-        check_range(self.size(), offset, buf.len() as u64)?;
+        let size = self.shared();
+        check_range(*size, offset, buf.len() as u64)?;
         Ok(file::read_at(&self.file, offset, buf)?)
     }
 
     fn write_at(&self, offset: u64, buf: &IoBuf<'_>) -> Result<(), DiskError> {
-        self.check_write(offset, buf.len() as u64)?;
+        self.writable()?;
+        let size = self.shared();
+        check_range(*size, offset, buf.len() as u64)?;
         Ok(file::write_at(&self.file, offset, buf)?)
     }
 
     fn zero_at(&self, offset: u64, len: u64, unmap: bool) -> Result<(), DiskError> {
-        self.check_write(offset, len)?;
+        self.writable()?;
+        let size = self.shared();
+        check_range(*size, offset, len)?;
         Ok(file::zero_at(&self.file, offset, len, unmap)?)
     }
 
@@ -80,9 +91,7 @@ impl Disk for RawDisk {
     }
 
     fn resize(&self, size: u64) -> Result<(), DiskError> {
-        if self.read_only {
-            return Err(DiskError::ReadOnly);
-        }
+        self.writable()?;
         if !size.is_multiple_of(SECTOR) {
             return Err(DiskError::Unsupported(format!(
                 "{size} bytes are not a multiple of {SECTOR}"
@@ -93,8 +102,9 @@ impl Disk for RawDisk {
                 "a block device cannot be resized from here".into(),
             ));
         }
+        let mut current = self.size.write().unwrap_or_else(PoisonError::into_inner);
         self.file.set_len(size)?;
-        self.size.store(size, Ordering::Relaxed);
+        *current = size;
         Ok(())
     }
 }

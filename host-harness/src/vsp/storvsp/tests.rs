@@ -16,6 +16,7 @@ use hv_proto::storage::{
     SrbCode, Status, Version, VstorPacket,
 };
 use hv_proto::version::Version as BusVersion;
+use proptest::prelude::*;
 use std::collections::BTreeMap;
 use std::fs::File;
 use std::path::PathBuf;
@@ -778,4 +779,72 @@ fn a_reset_of_the_guest_forgets_its_channels() {
     let mut channel = rig.open();
     let (answer, _) = rig.read(&mut channel, 0, 0, 512, 0);
     assert_good(&answer, 512);
+}
+
+/// A packet that begins like one of a guest and goes on like none.
+fn odd_packet() -> impl Strategy<Value = Vec<u8>> {
+    let operation = prop_oneof![4 => Just(3u32), 1 => 0u32..16, 1 => any::<u32>()];
+    let opcode = prop::sample::select(vec![
+        0x00u8, 0x03, 0x08, 0x0a, 0x12, 0x1a, 0x25, 0x28, 0x2a, 0x2f, 0x35, 0x41, 0x42, 0x88, 0x93,
+        0x9e, 0xa0, 0xff,
+    ]);
+    let body = prop::collection::vec(any::<u8>(), 0..80);
+    (operation, opcode, 0u8..20, body, any::<bool>()).prop_map(
+        |(operation, opcode, cdb_length, body, small)| {
+            let mut packet = vec![0; 12];
+            packet[..4].copy_from_slice(&operation.to_le_bytes());
+            packet.extend_from_slice(&body);
+            let mut set = |at: usize, value: u8| {
+                if let Some(byte) = packet.get_mut(at) {
+                    *byte = value;
+                }
+            };
+            set(17, 0);
+            set(18, 0);
+            set(19, 0);
+            set(20, cdb_length);
+            if small {
+                // A data length of at most 4095 bytes.
+                set(25, 7);
+                set(26, 0);
+                set(27, 0);
+            }
+            set(28, opcode);
+            packet
+        },
+    )
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig::with_cases(24))]
+
+    #[test]
+    fn no_packet_does_harm(
+        packets in prop::collection::vec((odd_packet(), any::<bool>(), 0u32..5000), 1..40),
+    ) {
+        let mut rig = Rig::with_disk();
+        let mut channel = rig.open();
+        let pages = rig.guest.pages(3);
+        for (n, (packet, gpa, len)) in packets.iter().enumerate() {
+            let id = n as u64 + 1;
+            if *gpa {
+                channel.send_gpa(id, (300, *len), &pages[..(300 + *len as usize).div_ceil(4096)], packet);
+            } else {
+                channel.send(id, packet);
+            }
+        }
+        // Each is answered once, whatever it was.
+        let mut ids = Vec::new();
+        for _ in &packets {
+            ids.push(channel.receive().transaction_id);
+        }
+        ids.sort_unstable();
+        prop_assert!(ids.into_iter().eq(1..=packets.len() as u64));
+        // One of them may have been a reset, whose attention comes first.
+        for _ in 0..2 {
+            rig.read(&mut channel, 0, 0, 512, 0);
+        }
+        let (answer, _) = rig.read(&mut channel, 0, 0, 512, 0);
+        assert_good(&answer, 512);
+    }
 }
