@@ -82,7 +82,6 @@ fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
 pub(super) struct Shared {
     pub(super) id: ChannelId,
     pub(super) subchannel_index: u16,
-    pub(super) name: Arc<str>,
     /// Tells this opening of the channel from earlier ones.
     pub(super) serial: u64,
     pub(super) mem: GuestMem,
@@ -110,7 +109,6 @@ pub(super) struct Shared {
 pub(super) struct SharedParams {
     pub(super) id: ChannelId,
     pub(super) subchannel_index: u16,
-    pub(super) name: Arc<str>,
     pub(super) serial: u64,
     pub(super) mem: GuestMem,
     pub(super) synic: Arc<dyn SynicPort>,
@@ -128,7 +126,6 @@ impl Shared {
         Ok(Self {
             id: p.id,
             subchannel_index: p.subchannel_index,
-            name: p.name,
             serial: p.serial,
             mem: p.mem,
             synic: p.synic,
@@ -174,13 +171,8 @@ impl Shared {
     fn fail(&self, what: Corrupt) -> ChannelError {
         if !self.stopped.swap(true, Ordering::AcqRel) {
             notify(&self.stop);
-            tracing::warn!(
-                channel = self.id.get(),
-                device = %self.name,
-                "the guest damaged a ring, closing the channel: {what}"
-            );
             if let Some(server) = self.server.upgrade() {
-                server.channel_failed(self.id, self.serial);
+                server.channel_failed(self.id, self.serial, what);
             }
         }
         ChannelError::Corrupt(what)
@@ -392,15 +384,19 @@ impl ChannelReader {
                 }
             };
             let mut events = [EpollEvent::default(); 3];
-            match self.epoll.wait(wait_ms, &mut events) {
+            let woken_by = match self.epoll.wait(wait_ms, &mut events) {
                 Err(e) if e.kind() != io::ErrorKind::Interrupted => return Err(e.into()),
-                _ => {}
+                result => events.get(..result.unwrap_or(0)).unwrap_or_default(),
+            };
+            let shared = &self.shared;
+            for event in woken_by {
+                if event.fd() == shared.kick.as_raw_fd() {
+                    // The count does not matter, and an empty event is as good.
+                    let _ = shared.kick.read();
+                } else if shared.take_signal() && shared.space_waiters.load(Ordering::SeqCst) > 0 {
+                    notify(&shared.space);
+                }
             }
-            if self.shared.take_signal() && self.shared.space_waiters.load(Ordering::SeqCst) > 0 {
-                notify(&self.shared.space);
-            }
-            // The count does not matter, and an empty event is as good.
-            let _ = self.shared.kick.read();
         }
         self.read()
     }

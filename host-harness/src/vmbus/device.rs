@@ -15,7 +15,7 @@ use hv_proto::ids::ChannelId;
 
 use super::channel::HostChannel;
 use super::server::Server;
-use super::vsp::{OpenParams, Vsp};
+use super::vsp::{OpenError, OpenParams, Vsp};
 
 /// A call for the VSP.
 pub(super) enum Job {
@@ -58,19 +58,15 @@ pub(super) fn run(
                 params,
             } => {
                 let index = params.subchannel_index;
-                let ok = match guarded(name, || vsp.open(*channel, *params)) {
-                    Some(Ok(())) => true,
-                    Some(Err(error)) => {
-                        tracing::warn!(device = name, channel = id.get(), %error, "not opened");
-                        false
-                    }
-                    None => false,
+                let result = match guarded(name, || vsp.open(*channel, *params)) {
+                    Some(result) => result,
+                    None => Err(OpenError("the service provider panicked".into())),
                 };
-                if ok {
+                if result.is_ok() {
                     open.insert(index);
                 }
                 if let Some(server) = server.upgrade() {
-                    server.open_done(id, ok);
+                    server.open_done(id, result);
                 }
             }
             Job::Close {

@@ -15,6 +15,7 @@ use hv_proto::message::{
     STATUS_UNSUCCESSFUL,
 };
 use hv_proto::monitor::MonitorId;
+use hv_proto::ring::Corrupt;
 use hv_proto::server::{
     Channel, ChannelState, CloseDecision, ClosedDecision, OpenDecision, OpenedDecision, split_ring,
 };
@@ -26,7 +27,7 @@ use super::device::{self, Job};
 use super::monitor;
 use super::ring::GuestRing;
 use super::server::{Device, Entry, OfferError, OfferHandle, Server, State, complain};
-use super::vsp::{OfferParams, OpenParams, Vsp};
+use super::vsp::{OfferParams, OpenError, OpenParams, Vsp};
 
 /// Connection ids of channel events are this plus the channel's id.
 const EVENT_CONNECTION_BASE: u32 = 0x1_0000;
@@ -378,7 +379,6 @@ impl Server {
         let params = SharedParams {
             id,
             subchannel_index: entry.index,
-            name: device.name.clone(),
             serial: entry.serial,
             mem: self.memory().clone(),
             synic: self.synic().clone(),
@@ -415,13 +415,16 @@ impl Server {
     }
 
     /// A VSP has opened a channel, or has refused to.
-    pub(super) fn open_done(&self, id: ChannelId, ok: bool) {
+    pub(super) fn open_done(&self, id: ChannelId, result: Result<(), OpenError>) {
         let mut st = self.lock();
         call_ended(&mut st, id);
-        let status = if ok {
-            STATUS_SUCCESS
-        } else {
-            STATUS_UNSUCCESSFUL
+        let status = match result {
+            Ok(()) => STATUS_SUCCESS,
+            Err(why) => {
+                let device = device_name(&st, id);
+                complain!(st, %device, channel = id.get(), "OPENCHANNEL refused: {why}");
+                STATUS_UNSUCCESSFUL
+            }
         };
         self.opened(&mut st, id, status);
     }
@@ -563,8 +566,15 @@ impl Server {
     }
 
     /// A ring of an open channel was found damaged.
-    pub(super) fn channel_failed(&self, id: ChannelId, serial: u64) {
+    pub(super) fn channel_failed(&self, id: ChannelId, serial: u64, what: Corrupt) {
         let mut st = self.lock();
+        let device = device_name(&st, id);
+        complain!(
+            st,
+            %device,
+            channel = id.get(),
+            "the guest damaged a ring, closing the channel: {what}"
+        );
         let entry = st.channels.get_mut(&id);
         let Some(entry) = entry.filter(|c| c.serial == serial) else {
             return;
@@ -634,6 +644,13 @@ impl Server {
             self.reply(st, &answer);
         }
     }
+}
+
+/// The name of a channel's device, for the log.
+fn device_name(st: &State, id: ChannelId) -> Arc<str> {
+    let entry = st.channels.get(&id);
+    let device = entry.and_then(|c| st.devices.get(&c.device));
+    device.map_or_else(|| "gone".into(), |d| d.name.clone())
 }
 
 /// A call of the VSP of this channel's device has ended.
