@@ -193,7 +193,10 @@ pub fn one_line(error: &clap::Error) -> String {
         .take_while(|line| !line.starts_with("Usage:") && !line.starts_with("For more information"))
         .filter(|line| !line.is_empty())
         .collect();
-    lines.join(" ").trim_start_matches("error: ").to_owned()
+    lines
+        .join(" ")
+        .trim_start_matches("error: ")
+        .replace(" tip: ", "; ")
 }
 
 #[cfg(test)]
@@ -289,6 +292,7 @@ mod tests {
         ] {
             let line = one_line(&parse(args).unwrap_err());
             assert!(line.contains(part), "{line}");
+            assert!(!line.contains("tip:"), "{line}");
             assert!(!line.contains('\n') && !line.contains("Usage"), "{line}");
         }
     }

@@ -161,10 +161,8 @@ fn run(args: RunArgs) -> anyhow::Result<u8> {
             .with_context(|| format!("counters {}", path.display()))?;
     }
     drop(handle);
-    if let Some(server) = server {
-        if !server.shutdown() {
-            report("a device did not stop in time");
-        }
+    if server.is_some_and(|server| !server.shutdown()) {
+        report("a device did not stop in time");
     }
     // Closes the images.
     drop(storage);

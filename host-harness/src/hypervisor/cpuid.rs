@@ -93,7 +93,7 @@ pub fn build(
         .collect();
     let has_leaf_b = supported.iter().any(|entry| entry.function == 0xb);
     for entry in &mut table {
-        set_topology(entry, cpu, options.cpus);
+        adapt(entry, cpu, options.cpus);
     }
     if has_leaf_b {
         table.extend(extended_topology(cpu, options.cpus));
@@ -107,14 +107,23 @@ fn core_bits(cpus: u32) -> u32 {
     cpus.max(1).next_power_of_two().trailing_zeros()
 }
 
-fn set_topology(entry: &mut kvm_cpuid_entry2, cpu: u32, cpus: u32) {
+/// Adapts one leaf to the processor's place, and to the features that others need.
+fn adapt(entry: &mut kvm_cpuid_entry2, cpu: u32, cpus: u32) {
     const HYPERVISOR: u32 = 1 << 31;
+    const AVX: u32 = 1 << 28;
+    const NEED_AVX: u32 = F16C | FMA;
+    const F16C: u32 = 1 << 29;
+    const FMA: u32 = 1 << 12;
     const HTT: u32 = 1 << 28;
     match entry.function {
         // EBX: initial APIC id, number of logical processors; hypervisor bit.
         1 => {
             entry.ebx = (entry.ebx & 0xffff) | (1 << core_bits(cpus)).min(0xff) << 16 | cpu << 24;
             entry.ecx |= HYPERVISOR;
+            // KVM passes these on even if AVX is hidden from it, and a guest warns of that.
+            if entry.ecx & AVX == 0 {
+                entry.ecx &= !NEED_AVX;
+            }
             entry.edx = if cpus > 1 {
                 entry.edx | HTT
             } else {
@@ -364,6 +373,17 @@ mod tests {
             .edx & 1 << 28,
             0
         );
+    }
+
+    #[test]
+    fn features_that_need_avx_go_with_it() {
+        let ecx = |ecx| {
+            let table = build(&[entry(1, 0, 0, ecx, 0)], &kvm_hyperv(), 0, options(1)).unwrap();
+            find(&table, 1, 0).ecx & (1 << 28 | 1 << 29 | 1 << 12)
+        };
+        assert_eq!(ecx(1 << 29 | 1 << 12), 0);
+        let all = 1 << 28 | 1 << 29 | 1 << 12;
+        assert_eq!(ecx(all), all);
     }
 
     #[test]

@@ -70,7 +70,7 @@ fn signal_event(
 /// Copies a hypercall's input: it lies at a multiple of 8 bytes and within one page.
 fn read_input(memory: &GuestMemoryMmap, address: u64, input: &mut [u8]) -> Result<(), HvStatus> {
     const PAGE: u64 = hv_proto::PAGE_SIZE as u64;
-    if address % 8 != 0 || address % PAGE + input.len() as u64 > PAGE {
+    if !address.is_multiple_of(8) || address % PAGE + input.len() as u64 > PAGE {
         return Err(HvStatus::INVALID_ALIGNMENT);
     }
     memory
@@ -165,7 +165,7 @@ mod tests {
             (POST, 0x1001, HvStatus::INVALID_ALIGNMENT),
             (POST, 0x1f08, HvStatus::INVALID_ALIGNMENT),
             (POST, 0x1_0000, HvStatus::INVALID_PARAMETER),
-            (POST, u64::MAX & !7, HvStatus::INVALID_ALIGNMENT),
+            (POST, !7, HvStatus::INVALID_ALIGNMENT),
             (POST, 0xffff_ffff_ffff_f000, HvStatus::INVALID_PARAMETER),
             (POST, 0x2000, HvStatus::INVALID_PARAMETER),
             (POST, 0x3000, HvStatus::INVALID_CONNECTION_ID),

@@ -583,7 +583,7 @@ mod tests {
         assert_eq!(byte, 0x90);
 
         let hdr = vm.params.hdr;
-        let start = u64::from({ hdr.ramdisk_image });
+        let start = u64::from(hdr.ramdisk_image);
         assert_eq!({ hdr.ramdisk_size }, 5000);
         assert_eq!(start % 4096, 0);
         assert!(start + 5000 <= SIZE && start >= 24 << 20);
@@ -592,7 +592,7 @@ mod tests {
 
         let mut line = [0; 14];
         vm.memory
-            .read_slice(&mut line, GuestAddress(u64::from({ hdr.cmd_line_ptr })))
+            .read_slice(&mut line, GuestAddress(u64::from(hdr.cmd_line_ptr)))
             .unwrap();
         assert_eq!(&line, b"console=ttyS0\0");
         assert_eq!({ vm.params.acpi_rsdp_addr }, 0xe_0000);

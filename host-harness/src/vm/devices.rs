@@ -3,9 +3,10 @@
 //! The I/O ports of the virtual machine. What is not there reads as all ones and swallows writes,
 //! as on a PC.
 
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use super::counters::ExitCounters;
+use super::pci::{PCI_ADDRESS_PORT, PCI_DATA_PORT, PciBus};
 use super::power::{self, PowerRequest};
 use super::rtc::{RTC_DATA_PORT, RTC_INDEX_PORT, Rtc};
 use super::serial::{PORT_COUNT, PORTS, SerialPort};
@@ -14,6 +15,7 @@ use super::serial::{PORT_COUNT, PORTS, SerialPort};
 pub struct Devices {
     serial: [Option<SerialPort>; PORTS.len()],
     rtc: Mutex<Rtc>,
+    pci: Mutex<PciBus>,
     exits: Arc<ExitCounters>,
 }
 
@@ -22,7 +24,8 @@ impl Devices {
     pub fn new(serial: [Option<SerialPort>; PORTS.len()], exits: Arc<ExitCounters>) -> Devices {
         Devices {
             serial,
-            rtc: Mutex::new(Rtc::default()),
+            rtc: Mutex::default(),
+            pci: Mutex::default(),
             exits,
         }
     }
@@ -41,7 +44,7 @@ impl Devices {
         Some((self.serial.get(index)?.as_ref()?, offset))
     }
 
-    /// The guest reads a port; each byte is one access to it.
+    /// The guest reads a port. For the devices with 8-bit registers each byte is one access.
     pub fn read(&self, port: u16, data: &mut [u8]) {
         if let Some((serial, offset)) = self.serial_at(port) {
             self.exits.serial_read.add(1);
@@ -49,14 +52,14 @@ impl Devices {
             return;
         }
         self.exits.port_read.add(1);
-        let value = match port {
-            RTC_DATA_PORT => self.rtc().read(),
-            _ => power::read(port).unwrap_or(0xff),
-        };
-        data.fill(value);
+        match port {
+            RTC_DATA_PORT => data.fill(lock(&self.rtc).read()),
+            PCI_PORTS_FIRST..=PCI_PORTS_LAST => lock(&self.pci).read(port, data),
+            _ => data.fill(power::read(port).unwrap_or(0xff)),
+        }
     }
 
-    /// The guest writes a port; each byte is one access to it. Returns what it asks of the VM.
+    /// The guest writes a port, as in [`Devices::read`]. Returns what it asks of the VM.
     pub fn write(&self, port: u16, data: &[u8]) -> Option<PowerRequest> {
         if let Some((serial, offset)) = self.serial_at(port) {
             self.exits.serial_write.add(1);
@@ -67,15 +70,21 @@ impl Devices {
         }
         self.exits.port_write.add(1);
         let &first = data.first()?;
-        if port == RTC_INDEX_PORT {
-            self.rtc().select(first);
+        match port {
+            RTC_INDEX_PORT => lock(&self.rtc).select(first),
+            PCI_PORTS_FIRST..=PCI_PORTS_LAST => lock(&self.pci).write(port, data),
+            _ => {}
         }
         power::decode_write(port, first)
     }
+}
 
-    fn rtc(&self) -> std::sync::MutexGuard<'_, Rtc> {
-        self.rtc.lock().unwrap_or_else(PoisonError::into_inner)
-    }
+/// The ports of the PCI bus.
+const PCI_PORTS_FIRST: u16 = PCI_ADDRESS_PORT;
+const PCI_PORTS_LAST: u16 = PCI_DATA_PORT + 3;
+
+fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
 #[cfg(test)]
@@ -102,7 +111,7 @@ mod tests {
     fn absent_ports_read_as_ones() {
         let devices = devices();
         let mut data = [0; 4];
-        devices.read(0xcf8, &mut data);
+        devices.read(0xce0, &mut data);
         assert_eq!(data, [0xff; 4]);
         assert_eq!(read(&devices, 0x2f8 + 5), 0xff);
         assert_eq!(devices.write(0x80, &[1]), None);

@@ -67,7 +67,7 @@ pub fn check_size(size: u64) -> Result<(), VmError> {
             MAX_MEMORY >> 30
         )));
     }
-    if size % MEMORY_GRANULE != 0 {
+    if !size.is_multiple_of(MEMORY_GRANULE) {
         return Err(VmError::BadOption(format!(
             "guest memory of {size} bytes: must be a multiple of 1M"
         )));

@@ -13,6 +13,7 @@ pub mod counters;
 pub mod devices;
 pub mod machine;
 pub mod memory;
+pub mod pci;
 pub mod power;
 pub mod rtc;
 pub mod serial;
@@ -195,12 +196,9 @@ impl VmConfig {
 /// A VM that is ready to start.
 pub struct Vm {
     kvm: Kvm,
-    images: Images,
+    guest: Guest,
     /// What is in memory, until it runs for the first time.
     loaded: Option<boot::Entry>,
-    cmdline: String,
-    cpus: u32,
-    memory_size: u64,
     reboot: bool,
     run_after_crash: bool,
     memory: Arc<GuestMemoryMmap>,
@@ -212,6 +210,30 @@ pub struct Vm {
     eom: EomThread,
     orders: Sender<Order>,
     ordered: Receiver<Order>,
+}
+
+/// What the guest's memory holds when it starts.
+struct Guest {
+    images: Images,
+    cmdline: String,
+    cpus: u32,
+    memory_size: u64,
+    /// Which serial ports there are.
+    serial: [bool; PORTS.len()],
+}
+
+impl Guest {
+    /// Puts the kernel and all it needs at its entry into memory.
+    fn load(&mut self, memory: &GuestMemoryMmap) -> Result<boot::Entry, VmError> {
+        let rsdp = acpi::write_tables(memory, self.cpus, &self.serial)?;
+        boot::load(
+            memory,
+            self.memory_size,
+            &mut self.images,
+            &self.cmdline,
+            rsdp,
+        )
+    }
 }
 
 /// What the control thread is told.
@@ -236,6 +258,18 @@ impl Vm {
         }
         memory::check_size(config.memory)?;
         let images = Images::open(&config.kernel, config.initrd.as_deref())?;
+        let memory = Arc::new(memory::map(config.memory)?);
+        let mut guest = Guest {
+            images,
+            cmdline: config.cmdline,
+            cpus: config.cpus,
+            memory_size: config.memory,
+            serial: std::array::from_fn(|port| {
+                !matches!(config.serial.get(port), None | Some(SerialBackend::None))
+            }),
+        };
+        // Finds damaged images before anything is asked of KVM or changed on the host.
+        let loaded = Some(guest.load(&memory)?);
         let kvm = machine::open_kvm()?;
         let max = kvm.get_max_vcpus();
         if config.cpus as usize > max {
@@ -244,7 +278,6 @@ impl Vm {
                 config.cpus
             )));
         }
-        let memory = Arc::new(memory::map(config.memory)?);
         let synic = Arc::new(Synic::new(memory.clone(), config.cpus));
         let eom = EomThread::start(synic.clone())?;
         let (orders, ordered) = channel();
@@ -257,13 +290,10 @@ impl Vm {
             })?;
         }
         let exits = Arc::<ExitCounters>::default();
-        let mut vm = Vm {
+        Ok(Vm {
             kvm,
-            images,
-            loaded: None,
-            cmdline: config.cmdline,
-            cpus: config.cpus,
-            memory_size: config.memory,
+            guest,
+            loaded,
             reboot: config.reboot,
             run_after_crash: config.run_after_crash,
             memory,
@@ -275,10 +305,7 @@ impl Vm {
             eom,
             orders,
             ordered,
-        };
-        // Finds damaged images before anything starts.
-        vm.loaded = Some(vm.load()?);
-        Ok(vm)
+        })
     }
 
     /// The guest's memory.
@@ -294,22 +321,6 @@ impl Vm {
     /// Sets who gets the guest's messages: the VMBus server. Without it the guest finds no VMBus.
     pub fn set_message_sink(&mut self, sink: Arc<dyn MessageSink>) {
         self.sink = Some(sink);
-    }
-
-    /// Puts the kernel and all it needs at its entry into memory.
-    fn load(&mut self) -> Result<boot::Entry, VmError> {
-        let mut present = [false; PORTS.len()];
-        for (present, port) in present.iter_mut().zip(self.devices.serial()) {
-            *present = port.is_some();
-        }
-        let rsdp = acpi::write_tables(&self.memory, self.cpus, &present)?;
-        boot::load(
-            &self.memory,
-            self.memory_size,
-            &mut self.images,
-            &self.cmdline,
-            rsdp,
-        )
     }
 
     /// Starts the guest.
@@ -351,13 +362,13 @@ impl Vm {
         let machine = Machine::new(
             &self.kvm,
             &self.memory,
-            self.cpus,
+            self.guest.cpus,
             &self.devices,
             &self.eom.event,
         )?;
         let entry = match self.loaded.take() {
             Some(entry) => entry,
-            None => self.load()?,
+            None => self.guest.load(&self.memory)?,
         };
         machine.set_entry(entry)?;
         self.synic.attach(Some(machine.interrupts.clone()));
@@ -556,10 +567,10 @@ impl VmHandle {
 impl Drop for VmHandle {
     fn drop(&mut self) {
         self.stop();
-        if let Some(thread) = self.thread.take() {
-            if thread.join().is_err() {
-                tracing::error!("the control thread of the VM panicked");
-            }
+        if let Some(thread) = self.thread.take()
+            && thread.join().is_err()
+        {
+            tracing::error!("the control thread of the VM panicked");
         }
     }
 }
@@ -610,10 +621,10 @@ impl Drop for EomThread {
         if self.event.write(1).is_err() {
             return;
         }
-        if let Some(thread) = self.thread.take() {
-            if thread.join().is_err() {
-                tracing::error!("the EOM thread panicked");
-            }
+        if let Some(thread) = self.thread.take()
+            && thread.join().is_err()
+        {
+            tracing::error!("the EOM thread panicked");
         }
     }
 }

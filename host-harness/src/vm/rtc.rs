@@ -65,12 +65,14 @@ fn register(index: u8, seconds: u64) -> u8 {
         _ => 0,
     };
     // All values are below 100, but for the century of a clock that is very wrong.
-    ((value / 10 % 10) << 4 | value % 10) as u8
+    (((value / 10 % 10) << 4) | (value % 10)) as u8
 }
 
 /// Year, month and day of a number of days since 1970, in the Gregorian calendar.
 fn civil(mut days: u64) -> (u64, u64, u64) {
-    let leap = |year: u64| year % 4 == 0 && (year % 100 != 0 || year % 400 == 0);
+    let leap = |year: u64| {
+        year.is_multiple_of(4) && (!year.is_multiple_of(100) || year.is_multiple_of(400))
+    };
     // Whole cycles of 400 years first, so that the loop below is short for any input.
     let mut year = 1970 + days / 146_097 * 400;
     days %= 146_097;

@@ -601,10 +601,11 @@ struct Socket {
 impl Socket {
     fn listen(path: PathBuf) -> Result<Socket, VmError> {
         // A socket that an ended process left behind is in the way; anything else is the user's.
-        if let Ok(metadata) = std::fs::symlink_metadata(&path) {
-            if metadata.file_type().is_socket() && UnixStream::connect(&path).is_err() {
-                std::fs::remove_file(&path).map_err(|e| cannot_open(&path, &e))?;
-            }
+        if let Ok(metadata) = std::fs::symlink_metadata(&path)
+            && metadata.file_type().is_socket()
+            && UnixStream::connect(&path).is_err()
+        {
+            std::fs::remove_file(&path).map_err(|e| cannot_open(&path, &e))?;
         }
         let listener = UnixListener::bind(&path).map_err(|e| cannot_open(&path, &e))?;
         Ok(Socket {
@@ -656,10 +657,10 @@ impl Socket {
         let client = lock(&self.client)
             .as_ref()
             .and_then(|client| client.try_clone().ok());
-        if let Some(mut client) = client {
-            if let Err(error) = client.write_all(bytes) {
-                tracing::debug!(%error, "serial socket");
-            }
+        if let Some(mut client) = client
+            && let Err(error) = client.write_all(bytes)
+        {
+            tracing::debug!(%error, "serial socket");
         }
     }
 

@@ -180,10 +180,10 @@ impl Vcpus {
     /// caller repeats it until the thread has followed its order.
     fn kick(&self) {
         for thread in &self.threads {
-            if !thread.is_finished() {
-                if let Err(error) = thread.kill(SIGRTMIN()) {
-                    tracing::debug!(%error, "signalling a vCPU");
-                }
+            if !thread.is_finished()
+                && let Err(error) = thread.kill(SIGRTMIN())
+            {
+                tracing::debug!(%error, "signalling a vCPU");
             }
         }
     }
@@ -337,11 +337,11 @@ impl VcpuContext {
             })
             .collect();
         let mut parameters = [0; 5];
-        if let Ok(mut msrs) = Msrs::from_entries(&entries) {
-            if self.fd.get_msrs(&mut msrs).is_ok() {
-                for (parameter, entry) in parameters.iter_mut().zip(msrs.as_slice()) {
-                    *parameter = entry.data;
-                }
+        if let Ok(mut msrs) = Msrs::from_entries(&entries)
+            && self.fd.get_msrs(&mut msrs).is_ok()
+        {
+            for (parameter, entry) in parameters.iter_mut().zip(msrs.as_slice()) {
+                *parameter = entry.data;
             }
         }
         CrashReport {
