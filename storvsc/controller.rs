@@ -80,6 +80,10 @@ use kernel::{
     prelude::*,
     sync::{
         aref::ARef,
+        atomic::{
+            Atomic,
+            Relaxed, //
+        },
         Arc,
         ArcBorrow,
         SetOnce,
@@ -106,6 +110,9 @@ const COMMAND_TIME: u32 = 60;
 /// Time that a unit is given to say whether it is ready, in milliseconds.
 const CHECK_TIME: u32 = 30_000;
 
+/// How long answers may be on their way after a reset, in milliseconds.
+const DRAIN_TIME: u32 = 5_000;
+
 /// Time between two looks at whether all commands have been answered after a reset.
 const DRAIN_STEP: Delta = Delta::from_millis(10);
 const DRAIN_STEP_MS: u32 = 10;
@@ -130,6 +137,9 @@ pub(crate) struct Controller {
     #[pin]
     control: Control,
     io: SetOnce<Io>,
+    /// The host has not answered a reset, nor sent anything since. It is not asked for anything else
+    /// then, so that not every command has to wait for all the time that the host could have.
+    silent: Atomic<bool>,
     host: SetOnce<Host<Controller>>,
     #[pin]
     limit: Limit,
@@ -169,6 +179,7 @@ impl Controller {
                 paths <- Paths::new(primary, subchannels),
                 control <- Control::new(),
                 io: SetOnce::new(),
+                silent: Atomic::new(false),
                 host: SetOnce::new(),
                 limit <- Limit::new(),
                 pending <- new_spinlock_irq!(Pending::NONE, "storvsc_pending"),
@@ -239,6 +250,10 @@ impl Controller {
 
     /// A packet has come on channel `index`. Softirq context.
     pub(crate) fn packet(self: ArcBorrow<'_, Self>, index: u16, packet: &Packet<'_>) {
+        if self.silent.load(Relaxed) {
+            self.silent.store(false, Relaxed);
+            dev_info!(self.dev, "the host is back\n");
+        }
         let known = match packet.packet_type() {
             PacketType::COMPLETION => {
                 self.completion(index, packet.transaction_id(), packet.payload())
@@ -450,7 +465,7 @@ impl Controller {
 
     /// Sends a command, and takes it over; gives it back if it must wait.
     fn queue(self: ArcBorrow<'_, Self>, mut cmd: Command<Self>) -> Result<(), Busy<Self>> {
-        let Some(io) = self.io.as_ref() else {
+        let Some(io) = self.io.as_ref().filter(|_| !self.silent.load(Relaxed)) else {
             cmd.complete(Outcome::failed(HostByte::NO_CONNECT));
             return Ok(());
         };
@@ -523,9 +538,9 @@ impl Controller {
         }
     }
 
-    /// Waits until the host has answered all commands, for at most `seconds`.
-    fn drain(&self, io: &Io, seconds: u32) {
-        let mut left = seconds.saturating_mul(1000);
+    /// Waits until the host has answered all commands, but not for long.
+    fn drain(&self, io: &Io) {
+        let mut left = DRAIN_TIME;
         while left > DRAIN_STEP_MS && io.table.count() != 0 {
             left -= DRAIN_STEP_MS;
             fsleep(DRAIN_STEP);
@@ -570,7 +585,8 @@ impl Controller {
         };
         if done {
             // The host has ended all commands; the answers may be on their way still.
-            self.drain(io, timeout);
+            self.silent.store(false, Relaxed);
+            self.drain(io);
             io.table.fail(None, HostByte::RESET);
             ResetOutcome::Done
         } else {

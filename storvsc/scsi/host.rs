@@ -298,13 +298,17 @@ impl<T: Operations> Registration<T> {
             assert!(align_of::<Shared<T>>() <= align_of::<ffi::c_ulong>());
         }
         // The bit field of the template is written as bytes below.
-        if Callbacks::<T>::TEMPLATE.track_queue_depth() == 0 {
+        let template = Callbacks::<T>::template();
+        if template.track_queue_depth() == 0
+            || template.skip_settle_delay() == 0
+            || template.no_write_same() == 0
+        {
             return Err(EINVAL);
         }
 
         let size = i32::try_from(size_of::<Shared<T>>())?;
         // SAFETY: The template is static, and complete.
-        let host = unsafe { raw::scsi_host_alloc(Callbacks::<T>::template(), size) };
+        let host = unsafe { raw::scsi_host_alloc(template, size) };
         // INVARIANT: `scsi_host_alloc()` returns a reference.
         let host = Host(NonNull::new(host).ok_or(ENOMEM)?, PhantomData);
         let shost = host.0.as_ptr();
@@ -386,8 +390,9 @@ impl<T: Operations> Callbacks<T> {
         proc_name: T::NAME.to_bytes_with_nul().as_ptr(),
         this_id: -1,
         virt_boundary_mask: T::VIRT_BOUNDARY_MASK as ffi::c_ulong,
-        // `track_queue_depth` and `no_write_same`, bits 1 and 6. (bindgen's setters are not const.)
-        _bitfield_1: bindings::__BindgenBitfieldUnit::new([1 << 1 | 1 << 6, 0]),
+        // `track_queue_depth`, `skip_settle_delay` (there is no bus that would need it) and
+        // `no_write_same`: bits 1, 5 and 6. bindgen's setters are not const.
+        _bitfield_1: bindings::__BindgenBitfieldUnit::new([1 << 1 | 1 << 5 | 1 << 6, 0]),
         ..pin_init::zeroed()
     };
 
