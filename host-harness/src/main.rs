@@ -15,11 +15,9 @@ use std::time::Duration;
 use anyhow::{Context, bail};
 use clap::Parser;
 use clap::error::ErrorKind;
-use host_harness::hypervisor::SynicPort;
+use host_harness::host::{Host, HostConfig, HostError};
 use host_harness::vm::serial::{PORTS, SerialBackend, SerialOption};
-use host_harness::vm::{ExitReason, Vm, VmConfig, VmError};
-use host_harness::vmbus::{Server, ServerConfig, Trace};
-use host_harness::vsp::storvsp::{Storage, StorageConfig};
+use host_harness::vm::{ExitReason, VmConfig};
 use signal_hook::consts::{SIGHUP, SIGINT, SIGTERM};
 use signal_hook::iterator::Signals;
 use tracing_subscriber::EnvFilter;
@@ -57,8 +55,8 @@ fn main() -> ExitCode {
         Err(error) => {
             report(&format!("{error:#}"));
             let status = error
-                .downcast_ref::<VmError>()
-                .map_or(USAGE, VmError::exit_status);
+                .downcast_ref::<HostError>()
+                .map_or(USAGE, HostError::exit_status);
             ExitCode::from(status)
         }
     }
@@ -80,45 +78,16 @@ fn run(args: RunArgs) -> anyhow::Result<u8> {
     config.serial = serial(args.serial)?;
     config.reboot = !args.no_reboot;
     config.run_after_crash = args.on_crash == OnCrash::Continue;
-    let cpus = config.cpus;
 
-    // Before there is a machine: a bad image is reported even where there is no KVM.
-    let processors = u16::try_from(cpus).unwrap_or(u16::MAX);
-    let storage = Storage::new(StorageConfig {
-        scsi_controllers: args.scsi_controllers,
-        max_sub_channels: args
-            .scsi_sub_channels
-            .unwrap_or(processors.saturating_sub(1)),
-        ..StorageConfig::default()
-    })?;
-    for disk in &args.disk {
-        storage.add_disk(disk)?;
+    let mut host = HostConfig::new(config);
+    host.vmbus = (!args.no_vmbus).then_some(args.vmbus_max_version);
+    host.monitor_latency = args.vmbus_monitor_latency.map(Duration::from_micros);
+    host.trace = args.trace;
+    host.storage.scsi_controllers = args.scsi_controllers;
+    if let Some(count) = args.scsi_sub_channels {
+        host.storage.max_sub_channels = count;
     }
-
-    let mut vm = Vm::new(config)?;
-    let server = if args.no_vmbus {
-        None
-    } else {
-        let trace = args
-            .trace
-            .map(|path| {
-                Trace::create(&path)
-                    .map(Arc::new)
-                    .with_context(|| format!("trace {}", path.display()))
-            })
-            .transpose()?;
-        let synic: Arc<dyn SynicPort> = vm.synic();
-        let config = ServerConfig {
-            max_version: args.vmbus_max_version,
-            vp_count: cpus,
-            trace,
-            monitor_latency: args.vmbus_monitor_latency.map(Duration::from_micros),
-        };
-        let server = Server::new(vm.memory(), synic, config);
-        vm.set_message_sink(server.clone());
-        storage.connect(&server)?;
-        Some(server)
-    };
+    host.disks = args.disk;
     let counters = args
         .counters
         .map(|path| {
@@ -130,10 +99,10 @@ fn run(args: RunArgs) -> anyhow::Result<u8> {
 
     // From here on signals end the VM in order, so that the terminal and the disks are left well.
     let mut signals = Signals::new([SIGINT, SIGTERM, SIGHUP]).context("catching signals")?;
-    let handle = vm.start()?;
+    let host = Host::start(host)?;
     let caught = Arc::new(AtomicI32::new(0));
     {
-        let (stop, caught) = (handle.stopper(), caught.clone());
+        let (stop, caught) = (host.vm().stopper(), caught.clone());
         thread::Builder::new()
             .name("signals".into())
             .spawn(move || {
@@ -146,28 +115,25 @@ fn run(args: RunArgs) -> anyhow::Result<u8> {
     }
 
     let end = loop {
-        if let Some(end) = handle.wait_timeout(Duration::from_secs(3600)) {
+        if let Some(end) = host.vm().wait_timeout(Duration::from_secs(3600)) {
             break end;
         }
     };
     if let Some((file, path)) = counters {
         let report = serde_json::json!({
-            "vm": handle.counters(),
-            "vmbus": server.as_ref().map(|server| server.status()),
-            "controllers": storage.controllers(),
-            "disks": storage.disks(),
+            "vm": host.vm().counters(),
+            "vmbus": host.server().map(|server| server.status()),
+            "controllers": host.storage().controllers(),
+            "disks": host.storage().disks(),
         });
         serde_json::to_writer_pretty(file, &report)
             .with_context(|| format!("counters {}", path.display()))?;
     }
-    drop(handle);
-    if server.is_some_and(|server| !server.shutdown()) {
+    if !host.shutdown() {
         report("a device did not stop in time");
     }
-    // Closes the images.
-    drop(storage);
 
-    let end = end?;
+    let end = end.map_err(HostError::from)?;
     match end {
         ExitReason::Stopped => match caught.load(Ordering::SeqCst) {
             0 => Ok(0),
