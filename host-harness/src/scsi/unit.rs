@@ -39,6 +39,8 @@ struct Counters {
     written_bytes: AtomicU64,
     flushes: AtomicU64,
     check_conditions: AtomicU64,
+    /// Failures of the image, on the host's side.
+    host_errors: AtomicU64,
 }
 
 /// A direct-access block device.
@@ -537,7 +539,11 @@ impl LogicalUnit {
             DiskError::ReadOnly => write_protected(),
             DiskError::OutOfRange { offset, .. } => out_of_range(offset / self.block_size()),
             _ => {
-                tracing::warn!("disk {}: {error}", self.serial);
+                // The first one, and then ever more rarely: a guest can repeat it for ever.
+                let times = self.counters.host_errors.fetch_add(1, Ordering::Relaxed) + 1;
+                if times.is_power_of_two() {
+                    tracing::warn!(disk = self.serial, times, %error, "the image failed");
+                }
                 if error.is_no_space() {
                     Sense::new(
                         SenseKey::DATA_PROTECT,
