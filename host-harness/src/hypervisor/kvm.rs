@@ -1,7 +1,8 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
 
 //! The SynIC's [`Interrupts`] on KVM: an irqfd with a `KVM_IRQ_ROUTING_HV_SINT` route for each SINT
-//! in use, whose resample event tells of EOM, and `KVM_HYPERV_EVENTFD` for HvSignalEvent.
+//! in use, one more whose resample event tells of EOM while that is armed, and
+//! `KVM_HYPERV_EVENTFD` for HvSignalEvent.
 
 use std::io;
 use std::sync::{Arc, Mutex, OnceLock, PoisonError};
@@ -69,8 +70,7 @@ impl KvmInterrupts {
             return Ok(fd);
         }
         let fd = EventFd::new(0)?;
-        self.vm
-            .register_irqfd_with_resample(&fd, &self.eom, FIRST_SINT_GSI + index)?;
+        self.vm.register_irqfd(&fd, FIRST_SINT_GSI + index)?;
         Ok(slot.get_or_init(|| fd))
     }
 }
@@ -103,10 +103,40 @@ fn sint_route(index: u32) -> kvm_irq_routing_entry {
     }
 }
 
+/// The number of a SINT among those of all processors.
+fn sint_index(vp: u32, sint: u8) -> u32 {
+    vp * u32::from(SINT_COUNT) + u32::from(sint)
+}
+
+/// An irqfd that is never written, for its resample event.
+struct EomIrqfd {
+    vm: Arc<VmFd>,
+    fd: EventFd,
+    gsi: u32,
+}
+
+impl Drop for EomIrqfd {
+    fn drop(&mut self) {
+        if let Err(error) = self.vm.unregister_irqfd(&self.fd, self.gsi) {
+            tracing::warn!(%error, "disarming EOM");
+        }
+    }
+}
+
 impl Interrupts for KvmInterrupts {
     fn raise(&self, vp: u32, sint: u8) -> io::Result<()> {
-        self.irqfd(vp * u32::from(SINT_COUNT) + u32::from(sint))?
-            .write(1)
+        self.irqfd(sint_index(vp, sint))?.write(1)
+    }
+
+    fn arm_eom(&self, vp: u32, sint: u8) -> io::Result<Box<dyn Send>> {
+        let gsi = FIRST_SINT_GSI + sint_index(vp, sint);
+        let fd = EventFd::new(0)?;
+        self.vm.register_irqfd_with_resample(&fd, &self.eom, gsi)?;
+        Ok(Box::new(EomIrqfd {
+            vm: self.vm.clone(),
+            fd,
+            gsi,
+        }))
     }
 
     fn bind(&self, connection: ConnectionId, event: &EventFd) -> io::Result<()> {

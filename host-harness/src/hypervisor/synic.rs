@@ -5,12 +5,13 @@
 //! 11; Linux `Documentation/virt/kvm/api.rst`, `KVM_CAP_HYPERV_SYNIC2`.
 //!
 //! A message slot holds one message until the guest clears its type. While more messages wait, the
-//! slot's flag "pending" asks the guest to write EOM afterwards; KVM then signals the resample
-//! event, and [`Synic::deliver`] fills the slot again.
+//! slot's flag "pending" asks the guest to write EOM afterwards; KVM then signals the EOM event, and
+//! [`Synic::deliver`] fills the slot again. The event is armed only while messages wait: without
+//! auto-EOI each end of an interrupt would signal it too.
 
 use std::collections::VecDeque;
 use std::io;
-use std::sync::atomic::{AtomicU32, AtomicUsize, Ordering, fence};
+use std::sync::atomic::{AtomicU32, Ordering, fence};
 use std::sync::{Arc, Mutex, PoisonError, RwLock, Weak};
 
 use hv_proto::ids::{ConnectionId, VpIndex};
@@ -37,6 +38,12 @@ pub trait Interrupts: Send + Sync {
     /// # Errors
     /// Of the system.
     fn raise(&self, vp: u32, sint: u8) -> io::Result<()>;
+    /// Signals the EOM event of the VM whenever the guest ends an interrupt of this SINT or writes
+    /// EOM, until the returned guard is dropped. Numbers are checked by the caller.
+    ///
+    /// # Errors
+    /// Of the system.
+    fn arm_eom(&self, vp: u32, sint: u8) -> io::Result<Box<dyn Send>>;
     /// Makes HvSignalEvent on the connection write to `event`.
     ///
     /// # Errors
@@ -51,8 +58,6 @@ pub struct Synic {
     memory: Arc<GuestMemoryMmap>,
     vps: Vec<Vp>,
     interrupts: RwLock<Option<Arc<dyn Interrupts>>>,
-    /// Messages in all queues together: EOM is common, waiting messages are rare.
-    waiting: AtomicUsize,
     counters: SynicCounters,
 }
 
@@ -78,7 +83,15 @@ struct Vp {
     /// Held for reading while a page is written, so that the guest cannot take a page back in the
     /// middle of it.
     registers: RwLock<Registers>,
-    queues: Mutex<[VecDeque<HvMessage>; SINT_COUNT as usize]>,
+    queues: Mutex<[Queue; SINT_COUNT as usize]>,
+}
+
+/// Messages that wait for one SINT.
+#[derive(Default)]
+struct Queue {
+    messages: VecDeque<HvMessage>,
+    /// Keeps the EOM event armed.
+    eom: Option<Box<dyn Send>>,
 }
 
 #[derive(Clone, Copy, Default)]
@@ -122,7 +135,6 @@ impl Synic {
             memory,
             vps: (0..cpus).map(|_| Vp::default()).collect(),
             interrupts: RwLock::new(None),
-            waiting: AtomicUsize::new(0),
             counters: SynicCounters::default(),
         }
     }
@@ -134,8 +146,7 @@ impl Synic {
         for vp in &self.vps {
             *write(&vp.registers) = Registers::default();
             for queue in lock(&vp.queues).iter_mut() {
-                self.waiting.fetch_sub(queue.len(), Ordering::Relaxed);
-                queue.clear();
+                *queue = Queue::default();
             }
         }
     }
@@ -151,16 +162,15 @@ impl Synic {
             siefp,
             simp,
         };
-        self.deliver_vp(vp);
+        drop(self.deliver_vp(vp));
     }
 
     /// Puts waiting messages of all processors into slots that are free. To be called at EOM.
     pub fn deliver(&self) {
-        if self.waiting.load(Ordering::Relaxed) == 0 {
-            return;
-        }
         for vp in 0..self.vps.len() as u32 {
-            self.deliver_vp(vp);
+            let done = self.deliver_vp(vp);
+            // Without the lock: this waits for KVM.
+            drop(done);
         }
     }
 
@@ -176,40 +186,64 @@ impl Synic {
             .ok_or(SynicError::NoSuchVp(vp))
     }
 
-    fn deliver_vp(&self, vp: u32) {
+    /// Returns what keeps the EOM events of empty queues armed.
+    fn deliver_vp(&self, vp: u32) -> Vec<Box<dyn Send>> {
         let Some(state) = self.vps.get(vp as usize) else {
-            return;
+            return Vec::new();
         };
         let mut queues = lock(&state.queues);
+        let mut done = Vec::new();
         for (sint, queue) in (0..SINT_COUNT).zip(queues.iter_mut()) {
             self.deliver_queue(vp, sint, state, queue);
+            if queue.messages.is_empty() {
+                done.extend(queue.eom.take());
+            }
         }
+        done
     }
 
-    fn deliver_queue(&self, vp: u32, sint: u8, state: &Vp, queue: &mut VecDeque<HvMessage>) {
-        while let Some(&message) = queue.front() {
+    fn deliver_queue(&self, vp: u32, sint: u8, state: &Vp, queue: &mut Queue) {
+        while let Some(&message) = queue.messages.front() {
             let slot = {
                 let registers = read(&state.registers);
                 let Some(address) = registers.message_slot(sint) else {
                     return;
                 };
-                fill_slot(&self.memory, address, message, queue.len() > 1)
+                fill_slot(&self.memory, address, message, queue.messages.len() > 1)
             };
             match slot {
                 Slot::Filled => {
-                    queue.pop_front();
-                    self.waiting.fetch_sub(1, Ordering::Relaxed);
+                    queue.messages.pop_front();
                     self.counters.messages_delivered.add(1);
                     self.raise(vp, sint);
                 }
                 Slot::Busy => {
                     self.counters.slot_busy.add(1);
-                    return;
+                    // The guest may free the slot before the event is armed: then look again.
+                    if queue.eom.is_some() || !self.arm_eom(vp, sint, queue) {
+                        return;
+                    }
                 }
                 Slot::Unreachable => {
                     tracing::debug!(vp, sint, "the message page is not in guest memory");
                     return;
                 }
+            }
+        }
+    }
+
+    fn arm_eom(&self, vp: u32, sint: u8, queue: &mut Queue) -> bool {
+        let Some(interrupts) = read(&self.interrupts).clone() else {
+            return false;
+        };
+        match interrupts.arm_eom(vp, sint) {
+            Ok(guard) => {
+                queue.eom = Some(guard);
+                true
+            }
+            Err(error) => {
+                tracing::error!(vp, sint, %error, "messages may be late: arming EOM failed");
+                false
             }
         }
     }
@@ -297,11 +331,10 @@ impl SynicPort for Synic {
         let queue = queues
             .get_mut(usize::from(sint))
             .ok_or(SynicError::NoSuchSint(sint))?;
-        if queue.len() >= QUEUE_LIMIT {
+        if queue.messages.len() >= QUEUE_LIMIT {
             return Err(SynicError::QueueFull(vp));
         }
-        queue.push_back(message);
-        self.waiting.fetch_add(1, Ordering::Relaxed);
+        queue.messages.push_back(message);
         self.counters.messages_posted.add(1);
         self.deliver_queue(vp.get(), sint, state, queue);
         Ok(())
@@ -394,6 +427,8 @@ fn write<T>(lock: &RwLock<T>) -> std::sync::RwLockWriteGuard<'_, T> {
 
 #[cfg(test)]
 mod tests {
+    use std::sync::atomic::AtomicUsize;
+
     use hv_proto::synic::VMBUS_SINT;
     use zerocopy::FromZeros;
 
@@ -408,12 +443,27 @@ mod tests {
     struct Recorder {
         raised: Mutex<Vec<(u32, u8)>>,
         bound: Mutex<Vec<u32>>,
+        armed: Arc<AtomicUsize>,
+    }
+
+    struct Armed(Arc<AtomicUsize>);
+
+    impl Drop for Armed {
+        fn drop(&mut self) {
+            self.0.fetch_sub(1, Ordering::SeqCst);
+        }
     }
 
     impl Interrupts for Recorder {
         fn raise(&self, vp: u32, sint: u8) -> io::Result<()> {
             lock(&self.raised).push((vp, sint));
             Ok(())
+        }
+
+        fn arm_eom(&self, vp: u32, sint: u8) -> io::Result<Box<dyn Send>> {
+            assert_eq!((vp, sint), (1, VMBUS_SINT));
+            self.armed.fetch_add(1, Ordering::SeqCst);
+            Ok(Box::new(Armed(self.armed.clone())))
         }
 
         fn bind(&self, connection: ConnectionId, _event: &EventFd) -> io::Result<()> {
@@ -478,6 +528,10 @@ mod tests {
             (message.payload().unwrap().to_vec(), pending)
         }
 
+        fn armed(&self) -> usize {
+            self.recorder.armed.load(Ordering::SeqCst)
+        }
+
         fn raised(&self) -> usize {
             let mut raised = lock(&self.recorder.raised);
             assert!(raised.iter().all(|&r| r == (1, VMBUS_SINT)));
@@ -491,16 +545,16 @@ mod tests {
         for payload in [b"one", b"two", b"six"] {
             bench.post(payload);
         }
-        assert_eq!(bench.raised(), 1);
+        assert_eq!((bench.raised(), bench.armed()), (1, 1));
         assert_eq!(bench.take(), (b"one".to_vec(), true));
         bench.synic.deliver();
         assert_eq!(bench.raised(), 1);
         assert_eq!(bench.take(), (b"two".to_vec(), true));
         bench.synic.deliver();
+        assert_eq!(bench.armed(), 0);
         assert_eq!(bench.take(), (b"six".to_vec(), false));
         bench.synic.deliver();
         assert_eq!(bench.slot().message_type, SynicMessageType::NONE);
-        assert_eq!(bench.synic.waiting.load(Ordering::Relaxed), 0);
     }
 
     #[test]
@@ -508,6 +562,7 @@ mod tests {
         let bench = Bench::new();
         bench.post(&[7; 240]);
         assert_eq!(bench.take(), (vec![7; 240], false));
+        assert_eq!(bench.armed(), 0);
     }
 
     #[test]
@@ -641,7 +696,7 @@ mod tests {
         bench.post(b"one");
         bench.post(b"two");
         bench.synic.attach(None);
-        assert_eq!(bench.synic.waiting.load(Ordering::Relaxed), 0);
+        assert_eq!(bench.armed(), 0);
         assert!(bench.synic.signal_event(VpIndex::new(1), 2, 1).is_err());
         assert!(
             bench

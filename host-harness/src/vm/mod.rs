@@ -121,10 +121,8 @@ pub enum ExitReason {
     Crash(CrashReport),
     /// A processor shut down after a triple fault.
     TripleFault {
-        /// Which processor.
+        /// Which processor. (Where it was is not known: KVM resets it on AMD processors.)
         vp: u32,
-        /// Its instruction pointer.
-        rip: u64,
     },
 }
 
@@ -145,11 +143,8 @@ impl std::fmt::Display for ExitReason {
             ExitReason::Reset => write!(f, "the guest reset itself"),
             ExitReason::Stopped => write!(f, "the VM was stopped"),
             ExitReason::Crash(report) => write!(f, "the guest crashed ({report})"),
-            ExitReason::TripleFault { vp, rip } => {
-                write!(
-                    f,
-                    "the guest crashed (triple fault on CPU {vp} at {rip:#x})"
-                )
+            ExitReason::TripleFault { vp } => {
+                write!(f, "the guest crashed (triple fault on CPU {vp})")
             }
         }
     }
@@ -449,8 +444,8 @@ impl Vm {
                 Order::Vcpu(VcpuEvent::PowerOff) => return Ok(ExitReason::PowerOff),
                 Order::Vcpu(VcpuEvent::Reset) => return Ok(ExitReason::Reset),
                 Order::Vcpu(VcpuEvent::Error(error)) => return Err(error),
-                Order::Vcpu(VcpuEvent::TripleFault { vp, rip }) => {
-                    return Ok(ExitReason::TripleFault { vp, rip });
+                Order::Vcpu(VcpuEvent::TripleFault { vp }) => {
+                    return Ok(ExitReason::TripleFault { vp });
                 }
                 Order::Vcpu(VcpuEvent::Crash(report)) => {
                     if !self.run_after_crash {

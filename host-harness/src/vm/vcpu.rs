@@ -42,8 +42,6 @@ pub enum VcpuEvent {
     TripleFault {
         /// Which processor.
         vp: u32,
-        /// Its instruction pointer.
-        rip: u64,
     },
     /// KVM or the host failed.
     Error(VmError),
@@ -266,8 +264,7 @@ impl VcpuContext {
             }
             Ok(VcpuExit::Shutdown) => {
                 exits.other.add(1);
-                let rip = self.fd.get_regs().map_or(0, |regs| regs.rip);
-                return Some(VcpuEvent::TripleFault { vp: self.vp, rip });
+                return Some(VcpuEvent::TripleFault { vp: self.vp });
             }
             Ok(VcpuExit::Intr | VcpuExit::IrqWindowOpen | VcpuExit::Hlt) => {
                 exits.interrupted.add(1);
