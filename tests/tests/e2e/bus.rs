@@ -289,6 +289,7 @@ fn hot_adds_a_controller(drivers: Drivers) -> Result<()> {
         let path = images.random(&format!("new{round}.raw"), MIB, round + 10)?;
         let mut disk = DiskOptions::new(&path);
         disk.controller = 1;
+        disk.id = Some("new".into());
         guest.host().storage().add_disk(&disk)?;
         let name = guest.disk(1, 0)?;
         let sum = guest.sh(&format!("sha256sum < /dev/{name} | cut -d' ' -f1"))?;
@@ -296,8 +297,13 @@ fn hot_adds_a_controller(drivers: Drivers) -> Result<()> {
             sum == sha256(&path)?,
             "round {round}: the guest read something else"
         );
-        guest.host().storage().remove_controller("scsi1")?;
+        // As an operator does it: first the disk, then its controller. (What a driver does when a
+        // controller goes first is `rescind_under_io_ends_it`.)
+        guest.host().storage().remove_disk("new")?;
         guest.wait_for(&format!("! test -e /sys/block/{name}"))?;
+        let device = guest.controller("scsi1")?;
+        guest.host().storage().remove_controller("scsi1")?;
+        guest.wait_for(&format!("! test -e {device}"))?;
     }
     guest.check_log(&["sd ", "[sd", "tag#"])?;
     guest.power_off()
