@@ -131,7 +131,7 @@ pub(super) fn length(file: &File) -> io::Result<u64> {
 
 /// How often and how far apart a lock is tried. A process that has just ended, or a child that
 /// another thread is about to start, can hold a lock for a moment longer than its owner.
-const LOCK_TRIES: u32 = 10;
+const LOCK_TRIES: u32 = 50;
 const LOCK_PAUSE: Duration = Duration::from_millis(20);
 
 /// Locks the whole file until it is closed: shared for readers, alone for a writer, so that two

@@ -126,6 +126,13 @@ impl Disk for Qcow2Disk {
                 "{size} bytes are not a multiple of {SECTOR}"
             )));
         }
-        Ok(self.alone().resize(size, PreallocateMode::None)?)
+        let mut image = self.alone();
+        let old_size = image.size();
+        if size < old_size {
+            // imago keeps what is cut off inside the last cluster, and it would come back when
+            // the disk grows again.
+            image.discard_to_zero(size, old_size - size)?;
+        }
+        Ok(image.resize(size, PreallocateMode::None)?)
     }
 }

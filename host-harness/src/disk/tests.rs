@@ -318,6 +318,26 @@ fn we_read_what_qemu_wrote() {
 }
 
 #[test]
+fn what_a_shrink_cuts_off_does_not_come_back() {
+    for format in FORMATS {
+        let dir = TempDir::new().expect("folder");
+        let path = make(dir.path(), format, 5 * MIB);
+        let disk = open(&DiskOptions::new(&path)).expect("open").disk;
+        write(&*disk, 0, &pattern(1, 5 * MIB as usize));
+        for (cut, grown) in [(4 * MIB - 512, 5 * MIB), (3 * MIB + 1024, 4 * MIB + 512)] {
+            disk.resize(cut).expect("shrink");
+            disk.resize(grown).expect("grow");
+            let bytes = read(&*disk, 0, grown as usize);
+            assert!(
+                bytes[..cut as usize] == pattern(1, cut as usize),
+                "{format}"
+            );
+            assert!(bytes[cut as usize..].iter().all(|&b| b == 0), "{format}");
+        }
+    }
+}
+
+#[test]
 fn qcow2_backing_file_shows_through() {
     let dir = TempDir::new().expect("folder");
     let base = dir.path().join("base.img");
