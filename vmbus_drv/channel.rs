@@ -989,8 +989,8 @@ impl Channel {
     ///
     /// # Errors
     ///
-    /// `EINVAL` if the CPU is not online or not for devices' interrupts, `EIO` if the channel is not open or the host
-    /// refused, `EOPNOTSUPP` if the protocol version has no such message, or those of the wait.
+    /// `EINVAL` if the CPU is not online or not for devices' interrupts, `EIO` if the channel is
+    /// not open or the host refused, `EOPNOTSUPP` if the protocol version has no such message, or those of the wait.
     pub(crate) fn set_target_cpu(&self, new: u32) -> Result {
         if !cpu::is_online(new) || !cpu::is_housekeeping(new) {
             return Err(EINVAL);

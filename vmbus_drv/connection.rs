@@ -4,12 +4,12 @@
 //!
 //! # Contexts
 //!
-//! An interrupt takes the event flags and gives each to its channel; if a message waits, it starts a work item of
-//! its CPU. That work item handles one message after the other: it only ever stores, wakes and
-//! queues, and never waits for the host, so that answers always get through. Devices are made and
-//! removed by an ordered queue, sub-channels by another one (a driver's probe, which the first one may wait for,
-//! can wait for sub-channels), and drivers are told of rescinds by a third one, so that whatever waits for
-//! the host in the other two ends at once.
+//! An interrupt takes the event flags and gives each to its channel; if a message waits, it starts
+//! a work item of its CPU. That work item handles one message after the other: it only ever stores,
+//! wakes and queues, and never waits for the host, so that answers always get through. Devices are
+//! made and removed by an ordered queue, sub-channels by another one (a driver's probe, which the
+//! first one may wait for, can wait for sub-channels), and drivers are told of rescinds by a third
+//! one, so that whatever waits for the host in the other two ends at once.
 
 use crate::{
     channel::Channel,
@@ -596,8 +596,8 @@ impl Connection {
         Ok(())
     }
 
-    /// The CPU that is to get a channel's interrupts. Channels of devices with much to say are spread: first those
-    /// of one device over the CPUs, then all of them.
+    /// The CPU that is to get a channel's interrupts. Channels of devices with much to say are
+    /// spread: first those of one device over the CPUs, then all of them.
     fn choose_cpu(&self, offer: &OfferChannel) -> u32 {
         if !is_performance_critical(&offer.interface_id) {
             return CONNECT_CPU;
@@ -660,8 +660,8 @@ impl Connection {
     ///
     /// # Errors
     ///
-    /// `EINVAL` if `max_version` is older than all, `EOPNOTSUPP` if there is no version that both know and
-    /// allow, or those of posting and waiting.
+    /// `EINVAL` if `max_version` is older than all, `EOPNOTSUPP` if there is no version that both
+    /// know and allow, or those of posting and waiting.
     pub(crate) fn connect(&self, max_version: u32) -> Result {
         let Some(max_version) = Version::at_most(max_version) else {
             pr_err!("max_version {:#x} is older than all\n", max_version);

@@ -163,8 +163,8 @@ impl Synic {
         let Some(word) = self.message_type() else {
             return;
         };
-        // Only the message that was seen is taken; the exchange is a full barrier, so the flag below is read
-        // after the slot is free, as the hypervisor wants it (TLFS, section "SynIC message flags").
+        // Only the message that was seen is taken. The flag is read after the slot is free, as the
+        // hypervisor wants it (TLFS, section "SynIC message flags").
         let taken = word.cmpxchg(
             message.message_type.get(),
             SynicMessageType::NONE.get(),

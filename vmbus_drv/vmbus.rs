@@ -17,10 +17,10 @@
 //! # How it is made
 //!
 //! Everything about the protocol that can be said without a kernel is in [`hv_proto`]. Here, the
-//! files that wrap a facility of the kernel for which there is no safe Rust yet are the only ones with
-//! `unsafe`: `bus`, `cpu`, `device`, `driver`, `exit`, `hypercall`, `log`, `memory`, `queue`, `rcu`,
-//! `sysfs`, `wait`. The other ones are logic: `attributes`, `channel`, `connection`, `platform`,
-//! `request`, `stats`, `synic`.
+//! files that wrap a facility of the kernel for which there is no safe Rust yet are the only ones
+//! with `unsafe`: `bus`, `cpu`, `device`, `driver`, `exit`, `hypercall`, `log`, `memory`, `queue`,
+//! `rcu`, `sysfs`, `wait`. The other ones are logic: `attributes`, `channel`, `connection`,
+//! `platform`, `request`, `stats`, `synic`.
 //!
 //! What the host writes is copied once, checked, and then used. No number of it reaches an
 //! index or an arithmetic operation that could panic, no wait for it is without end, and no
