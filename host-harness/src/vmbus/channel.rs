@@ -8,6 +8,11 @@
 //! while waiting. A sender that finds the ring full asks the guest for a signal (pending-send
 //! size) and sleeps, at most [`SEND_TIMEOUT`]. The guest has one signal for both directions, so
 //! whoever takes it (the reader, or a sender that waits for space) passes it on to the other.
+//!
+//! When a channel closes, reading ends first. Until the VSP has closed it, what was read before
+//! can still be answered, as far as there is space: a guest whose device is taken away gets the
+//! results of what was under way.
+//!
 //! Order: server state, then turnstile, then producer. No server lock is taken with one of this
 //! file's held.
 
@@ -100,7 +105,11 @@ pub(super) struct Shared {
     /// A sender that waits shall look again.
     space: EventFd,
     stop: EventFd,
-    stopped: AtomicBool,
+    /// The channel is closing: nothing is read any more, and nobody waits for the guest. Answers
+    /// to what was read before may still be written.
+    closing: AtomicBool,
+    /// Nothing is written any more.
+    closed: AtomicBool,
     woken: AtomicBool,
     space_waiters: AtomicU32,
 }
@@ -139,19 +148,20 @@ impl Shared {
             kick: event()?,
             space: event()?,
             stop: event()?,
-            stopped: AtomicBool::new(false),
+            closing: AtomicBool::new(false),
+            closed: AtomicBool::new(false),
             woken: AtomicBool::new(false),
             space_waiters: AtomicU32::new(0),
         })
     }
 
-    fn is_stopped(&self) -> bool {
-        self.stopped.load(Ordering::Acquire)
+    fn is_closing(&self) -> bool {
+        self.closing.load(Ordering::Acquire)
     }
 
-    /// Makes every read and write fail from now on, and ends every wait.
+    /// Makes every read fail from now on, and ends every wait.
     fn stop(&self) {
-        self.stopped.store(true, Ordering::Release);
+        self.closing.store(true, Ordering::Release);
         notify(&self.stop);
     }
 
@@ -169,8 +179,8 @@ impl Shared {
 
     /// The ring is beyond repair: stop, and have the server close the channel.
     fn fail(&self, what: Corrupt) -> ChannelError {
-        if !self.stopped.swap(true, Ordering::AcqRel) {
-            notify(&self.stop);
+        if !self.closed.swap(true, Ordering::AcqRel) {
+            self.stop();
             if let Some(server) = self.server.upgrade() {
                 server.channel_failed(self.id, self.serial, what);
             }
@@ -281,11 +291,17 @@ impl ChannelControl {
         notify(&self.shared.signal);
     }
 
-    /// Ends all use of the rings for writing. When this returns, no writer touches the ring any
-    /// more; the reader ends its wait and fails at its next call.
+    /// Tells the VSP that the channel is closing: the reader fails at its next call, and senders
+    /// do not wait for space any more. What was read before can still be answered.
     pub(super) fn stop(&self) {
         self.shared.stop();
-        // A writer looks at `stopped` with this lock held, so whoever got it before us is done now.
+    }
+
+    /// Ends all use of the rings. When this returns, no writer touches them any more.
+    pub(super) fn finish(&self) {
+        self.shared.stop();
+        self.shared.closed.store(true, Ordering::Release);
+        // A writer looks at `closed` with this lock held, so whoever got it before us is done now.
         drop(lock(&self.inner.producer));
     }
 }
@@ -403,7 +419,7 @@ impl ChannelReader {
 
     /// Gives the space of earlier packets back, and says whether there is another packet.
     fn prepare(&mut self) -> Result<bool, ChannelError> {
-        if self.shared.is_stopped() {
+        if self.shared.is_closing() {
             return Err(ChannelError::Stopped);
         }
         let signal = self.consumer.commit();
@@ -632,8 +648,8 @@ impl ChannelWriter {
         let shared = &self.shared;
         let written = {
             let mut producer = lock(&self.inner.producer);
-            // With the lock held: see `ChannelControl::stop`.
-            if shared.is_stopped() {
+            // With the lock held: see `ChannelControl::finish`.
+            if shared.closed.load(Ordering::Acquire) {
                 return Err(ChannelError::Stopped);
             }
             match producer.write_parts(header, extension, payload) {
@@ -653,7 +669,12 @@ impl ChannelWriter {
                 if !wait {
                     shared.counters.ring_full();
                 }
-                return Err(ChannelError::Full);
+                // A guest that closes the channel need not empty the ring.
+                return Err(if shared.is_closing() {
+                    ChannelError::Stopped
+                } else {
+                    ChannelError::Full
+                });
             }
             // The lock is not held any more: this takes the server's.
             Err(WriteError::Corrupt(e)) => return Err(shared.fail(e)),

@@ -511,7 +511,9 @@ impl Server {
     /// Nothing uses the rings of a channel any more.
     fn let_go(&self, st: &mut State, id: ChannelId) {
         if let Some(entry) = st.channels.get_mut(&id) {
-            entry.control = None;
+            if let Some(control) = entry.control.take() {
+                control.finish();
+            }
             entry.binding = None;
             if let Some((gpadl, serial)) = entry.ring_gpadl.take() {
                 self.end_gpadl_use(st, gpadl, serial);

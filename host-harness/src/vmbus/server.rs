@@ -563,7 +563,7 @@ impl Drop for Server {
         // go, and they close what is open.
         for entry in st.channels.values() {
             if let Some(control) = &entry.control {
-                control.stop();
+                control.finish();
             }
         }
     }

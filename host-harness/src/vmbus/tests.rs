@@ -1120,6 +1120,53 @@ fn a_guest_that_does_not_take_messages() {
     }
 }
 
+/// Answers what it has read only when the channel is closing.
+struct Late(Option<JoinHandle<()>>);
+
+impl Vsp for Late {
+    fn open(&mut self, channel: HostChannel, _: OpenParams) -> Result<(), OpenError> {
+        let (mut reader, writer) = channel.into_parts();
+        self.0 = Some(thread::spawn(move || {
+            let mut read = Vec::new();
+            loop {
+                match reader.next(None) {
+                    Ok(Some(packet)) => read.push(packet.transaction_id()),
+                    Ok(None) => {}
+                    Err(ChannelError::Stopped) => break,
+                    Err(e) => panic!("{e}"),
+                }
+            }
+            for id in read {
+                writer.complete(id, b"too late").unwrap();
+            }
+        }));
+        Ok(())
+    }
+
+    fn close(&mut self, _: u16) {
+        self.0.take().unwrap().join().unwrap();
+    }
+}
+
+#[test]
+fn what_was_read_is_answered_before_the_guest_hears_of_a_rescind() {
+    let mut guest = FakeGuest::connected(Version::V5_3);
+    let handle = guest.server.offer(params(1), Box::new(Late(None))).unwrap();
+    let offers = guest.request_offers();
+    let mut channel = guest.open(&offers[0], 3, 0).unwrap();
+    for id in 1..=20 {
+        channel.send(id, b"");
+    }
+    let counters = || guest.server.status().channels[0].counters;
+    until("all read", || counters().packets_in == 20);
+    handle.rescind();
+    assert_eq!(guest.expect_rescind(), channel.id);
+    for id in 1..=20 {
+        let packet = channel.take().expect("an answer");
+        assert_eq!(packet.transaction_id, id);
+    }
+}
+
 /// How the use of rings ends.
 #[derive(Debug, Clone, Copy)]
 enum Ending {

@@ -42,8 +42,10 @@ pub trait Vsp: Send {
     fn open(&mut self, channel: HostChannel, params: OpenParams) -> Result<(), OpenError>;
 
     /// The channel is closed: by the guest, by a rescind, by a reset, or because its ring was
-    /// found damaged. The server has told the channel's reader and writers to stop. When this
-    /// returns, no thread of the VSP uses the channel or guest memory on its behalf any more.
+    /// found damaged. Its reader fails already; writers work until this returns (unless the ring
+    /// is full or damaged), so that requests that were read before can be answered, and should
+    /// be: the guest may wait for the answers. When this returns, no thread of the VSP uses the
+    /// channel or guest memory on its behalf any more.
     ///
     /// It is called once for each successful [`Vsp::open`].
     fn close(&mut self, subchannel_index: u16);
