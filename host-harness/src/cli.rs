@@ -31,27 +31,31 @@ pub enum Command {
 
 const AFTER_HELP: &str = "\
 Exit status:
-  0  the guest switched itself off, reset itself under --no-reboot, or the user ended it (Ctrl-A x)
-  1  KVM or the host failed while the guest ran
-  2  a bad option, a missing or damaged image, or no usable KVM
-  3  the guest crashed: it wrote the crash registers, or a processor had a triple fault
+  0      the guest switched itself off, or reset itself under --no-reboot, or
+         the user ended it (Ctrl-A x)
+  1      KVM or the host failed while the guest ran
+  2      a bad option, a missing or damaged image, or no usable KVM
+  3      the guest crashed: it wrote the crash registers, or a processor had a
+         triple fault
   128+N  ended by signal N
 
 Disks (--disk):
   path      the image, a file or block device; a comma in it is written twice
-  format    raw, qcow2 or vhd (fixed or dynamic). Without it the ending of the name decides, raw if it says
-            nothing; an image whose contents say something else is refused
+  format    raw, qcow2 or vhd (fixed or dynamic). Without it the ending of the
+            name decides, raw if it says nothing; an image whose contents say
+            something else is refused
   readonly  on: the guest may not write
   snapshot  on: what the guest writes goes to a temporary file and is forgotten
-  bus       scsi (default), or ide: an IDE position, named by controller and target (0 or 1 each)
+  bus       scsi (default), or ide: an IDE position, named by controller and
+            target (0 or 1 each)
   controller, channel, target, lun
             the SCSI address [default: 0, 0, 0, and the lowest free unit]
   id        a name for the disk, from which its SCSI identity is made
   serial    the serial number that the guest sees
   logical_block_size, physical_block_size
             512 or 4096; a power of two [default: of the format]
-  fault     read:FIRST-LAST, write:FIRST-LAST or all:FIRST-LAST: these blocks give media errors. A testing
-            aid; may be repeated
+  fault     read:FIRST-LAST, write:FIRST-LAST or all:FIRST-LAST: these blocks
+            give media errors. A testing aid; may be repeated
 
 Keys on a terminal (--serial stdio):
   Ctrl-A x       end the virtual machine
@@ -59,11 +63,12 @@ Keys on a terminal (--serial stdio):
   Ctrl-A h       show these keys
 
 Environment:
-  RUST_LOG  what to log to stderr, such as `info` or `host_harness::vmbus=debug` (default: warn)
+  RUST_LOG  what to log to stderr, such as `info` or `host_harness::vmbus=debug`
+            [default: warn]
 
 Example:
-  host-harness run --kernel vmlinuz --initrd initrd.img --append 'console=ttyS0' --cpus 2 --memory 1G \\
-    --disk path=root.vhd --disk path=data.qcow2,snapshot=on";
+  host-harness run --kernel vmlinuz --initrd initrd.img --cpus 2 --memory 1G \\
+    --append 'console=ttyS0 root=/dev/sda' --disk path=root.vhd";
 
 /// Options of `run`.
 #[derive(Debug, Args)]
@@ -82,6 +87,7 @@ pub struct RunArgs {
         visible_alias = "append",
         value_name = "TEXT",
         default_value = "",
+        hide_default_value = true,
         allow_hyphen_values = true
     )]
     pub cmdline: String,
@@ -215,6 +221,13 @@ mod tests {
     #[test]
     fn the_definition_is_consistent() {
         Cli::command().debug_assert();
+    }
+
+    #[test]
+    fn help_fits_a_terminal() {
+        for line in AFTER_HELP.lines() {
+            assert!(line.len() <= 80, "{line}");
+        }
     }
 
     #[test]

@@ -430,6 +430,9 @@ impl Vm {
     }
 
     fn wait_for_end(&self, vcpus: &Vcpus) -> Result<ExitReason, VmError> {
+        /// A guest that goes on can report as often as it likes; so many are told of.
+        const REPORTS: u32 = 8;
+        let mut reports = 0;
         loop {
             // `self.orders` is a sender, so receiving cannot fail; if it did, stopping is right.
             let order = self.ordered.recv().unwrap_or(Order::Stop);
@@ -451,7 +454,10 @@ impl Vm {
                     if !self.run_after_crash {
                         return Ok(ExitReason::Crash(report));
                     }
-                    tracing::warn!(%report, "the guest crashed and goes on");
+                    if reports < REPORTS {
+                        reports += 1;
+                        tracing::warn!("the guest crashed and goes on ({report})");
+                    }
                 }
             }
         }
