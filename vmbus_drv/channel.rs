@@ -114,7 +114,8 @@ pub enum ReadMode {
     /// The same without masking. For devices that send a message now and then.
     Direct,
     /// [`Handler::on_interrupt`] in hard interrupt context. The driver calls [`Channel::poll`]
-    /// later, from softirq context (NAPI), until that says that the ring is empty.
+    /// later, from softirq context (NAPI), until that says that the ring is empty; there is no
+    /// other signal before that.
     Isr,
 }
 
@@ -162,7 +163,8 @@ pub trait Handler: Send + Sync + 'static {
     /// here; no packet comes any more, and sending fails with `ENODEV`.
     ///
     /// Process context, may sleep. Called at most once, possibly before [`Channel::open`] has
-    /// returned (which then fails). Must not wait for [`OpenChannel`]'s owner.
+    /// returned (which then fails). Must not drop the channel's [`OpenChannel`], nor wait for the
+    /// one who does.
     fn on_rescind(&self, channel: &Channel) {
         let _ = channel;
     }
@@ -817,6 +819,8 @@ impl Channel {
             sender.stop_waiting();
             return true;
         }
+        // First, so that a signal that comes meanwhile finds it, and then waits for the lock.
+        opened.send_wanted.store(true, Relaxed);
         match sender.wait_for_space(bytes) {
             Ok(room) => {
                 opened.send_wanted.store(!room, Relaxed);
@@ -844,7 +848,10 @@ impl Channel {
             return;
         };
         match opened.mode {
-            ReadMode::Isr => opened.handler.on_interrupt(&this),
+            ReadMode::Isr => {
+                opened.rings.incoming.store(Field::InterruptMask, 1);
+                opened.handler.on_interrupt(&this);
+            }
             ReadMode::Batched => {
                 opened.rings.incoming.store(Field::InterruptMask, 1);
                 Arc::from(this).schedule_receive();
@@ -907,16 +914,16 @@ impl Channel {
                     }
                 }
                 Ok(None) => {
-                    if opened.mode == ReadMode::Direct {
-                        self.signal_space(ring.commit());
-                        return (done, false);
-                    }
+                    // Looks once more after the host has seen the room, in every mode: what it
+                    // wrote before that came without a signal.
                     let unmasked = ring.unmask();
                     self.signal_space(unmasked.signal);
                     if !unmasked.more {
                         return (done, false);
                     }
-                    ring.mask();
+                    if opened.mode != ReadMode::Direct {
+                        ring.mask();
+                    }
                 }
                 Err(ReadError::TooLarge { len }) => {
                     self.stats.oversized.count();
