@@ -72,7 +72,7 @@ enum Verb {
     /// Does all the set-up first. The guest starts from the same disk each time and what it writes is
     /// forgotten, unless --keep names a file for it.
     Boot(boot::BootArgs),
-    /// Set up, and run all tests
+    /// Set up, check formatting and lints, and run all tests
     Test(test::TestArgs),
     /// Get and build everything that `boot` and `test` need
     Setup {

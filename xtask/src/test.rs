@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
 
-//! `test`: all tests of the workspace. Those that boot guests run in one L1 VM where there is no usable KVM.
+//! `test`: the checks, and all tests of the workspace. Those that boot guests run in one L1 VM where there is no usable KVM.
 
 use std::{fs, time::Duration};
 
@@ -10,7 +10,7 @@ use clap::Args;
 use crate::{
     KernelArgs, boot,
     cache::Cache,
-    checkout, cmd,
+    check, checkout, cmd,
     cmd::Interrupted,
     l1::L1,
     setup::{self, Ready},
@@ -53,8 +53,13 @@ pub fn run(cache: &Cache, test: &TestArgs) -> Result<()> {
         Some(setup::run(cache, &test.kernel.source(), false)?)
     };
     if !test.e2e {
+        // Someone who names tests wants those only.
+        if ready.is_some() && test.filters.is_empty() {
+            check::run(cache, &test.kernel.source())?;
+        }
         cargo_test(
             cmd::cargo().args(["test", "--locked", "--workspace", "--exclude", END_TO_END]),
+            &[],
             test,
         )?;
     }
@@ -64,10 +69,15 @@ pub fn run(cache: &Cache, test: &TestArgs) -> Result<()> {
     Ok(())
 }
 
-fn cargo_test(command: &mut std::process::Command, test: &TestArgs) -> Result<()> {
+fn cargo_test(
+    command: &mut std::process::Command,
+    options: &[&str],
+    test: &TestArgs,
+) -> Result<()> {
     let status = command
         .current_dir(checkout())
         .arg("--")
+        .args(options)
         .args(&test.filters)
         .status()
         .context("cannot start cargo")?;
@@ -110,5 +120,6 @@ fn end_to_end(ready: &Ready, test: &TestArgs) -> Result<()> {
             serde_json::to_string(&runner)?
         ));
     }
-    cargo_test(&mut command, test)
+    // These tests take long: what one says is shown when it says it.
+    cargo_test(&mut command, &["--nocapture"], test)
 }
