@@ -54,6 +54,9 @@ const NEEDED_EAX: u32 = 1 << 5 | 1 << 6 | 1 << 2;
 /// Privileges that VMBus needs: HvPostMessage, HvSignalEvent.
 const NEEDED_EBX: u32 = 1 << 4 | 1 << 5;
 
+/// AVX, in ECX of leaf 1.
+const AVX: u32 = 1 << 28;
+
 /// Hint: use the MSRs of the hypervisor to access the local APIC.
 const HINT_APIC_ACCESS: u32 = 1 << 3;
 /// Hint: do not use auto-EOI. Right only if the host's processor virtualizes the local APIC.
@@ -91,9 +94,15 @@ pub fn build(
         .filter(|entry| !matches!(entry.function, 0xb | 0x1f))
         .copied()
         .collect();
+    let has_avx = supported
+        .iter()
+        .any(|entry| entry.function == 1 && entry.ecx & AVX != 0);
     let has_leaf_b = supported.iter().any(|entry| entry.function == 0xb);
     for entry in &mut table {
-        adapt(entry, cpu, options.cpus);
+        set_topology(entry, cpu, options.cpus);
+        if !has_avx {
+            without_avx(entry);
+        }
     }
     if has_leaf_b {
         table.extend(extended_topology(cpu, options.cpus));
@@ -107,23 +116,33 @@ fn core_bits(cpus: u32) -> u32 {
     cpus.max(1).next_power_of_two().trailing_zeros()
 }
 
-/// Adapts one leaf to the processor's place, and to the features that others need.
-fn adapt(entry: &mut kvm_cpuid_entry2, cpu: u32, cpus: u32) {
-    const HYPERVISOR: u32 = 1 << 31;
-    const AVX: u32 = 1 << 28;
-    const NEED_AVX: u32 = F16C | FMA;
-    const F16C: u32 = 1 << 29;
+/// Takes away what needs AVX where there is no AVX. KVM passes it on even if AVX is hidden from it,
+/// and a guest warns of that.
+fn without_avx(entry: &mut kvm_cpuid_entry2) {
     const FMA: u32 = 1 << 12;
+    const F16C: u32 = 1 << 29;
+    const AVX2: u32 = 1 << 5;
+    const VAES: u32 = 1 << 9;
+    const VPCLMULQDQ: u32 = 1 << 10;
+    match (entry.function, entry.index) {
+        (1, _) => entry.ecx &= !(FMA | F16C),
+        (7, 0) => {
+            entry.ebx &= !AVX2;
+            entry.ecx &= !(VAES | VPCLMULQDQ);
+        }
+        _ => {}
+    }
+}
+
+/// Adapts one leaf to the processor's place.
+fn set_topology(entry: &mut kvm_cpuid_entry2, cpu: u32, cpus: u32) {
+    const HYPERVISOR: u32 = 1 << 31;
     const HTT: u32 = 1 << 28;
     match entry.function {
         // EBX: initial APIC id, number of logical processors; hypervisor bit.
         1 => {
             entry.ebx = (entry.ebx & 0xffff) | (1 << core_bits(cpus)).min(0xff) << 16 | cpu << 24;
             entry.ecx |= HYPERVISOR;
-            // KVM passes these on even if AVX is hidden from it, and a guest warns of that.
-            if entry.ecx & AVX == 0 {
-                entry.ecx &= !NEED_AVX;
-            }
             entry.edx = if cpus > 1 {
                 entry.edx | HTT
             } else {
@@ -377,13 +396,17 @@ mod tests {
 
     #[test]
     fn features_that_need_avx_go_with_it() {
+        const ALL: u32 = u32::MAX;
         let ecx = |ecx| {
-            let table = build(&[entry(1, 0, 0, ecx, 0)], &kvm_hyperv(), 0, options(1)).unwrap();
-            find(&table, 1, 0).ecx & (1 << 28 | 1 << 29 | 1 << 12)
+            let supported = [entry(1, 0, 0, ecx, 0), entry(7, 0, ALL, ALL, ALL)];
+            let table = build(&supported, &kvm_hyperv(), 0, options(1)).unwrap();
+            (find(&table, 1, 0).ecx, find(&table, 7, 0))
         };
-        assert_eq!(ecx(1 << 29 | 1 << 12), 0);
-        let all = 1 << 28 | 1 << 29 | 1 << 12;
-        assert_eq!(ecx(all), all);
+        let (ecx_1, leaf_7) = ecx(ALL);
+        assert_eq!((ecx_1, leaf_7.ebx, leaf_7.ecx), (ALL, ALL, ALL));
+        let (ecx_1, leaf_7) = ecx(ALL & !AVX);
+        assert_eq!(ecx_1, ALL & !(AVX | 1 << 29 | 1 << 12));
+        assert_eq!((leaf_7.ebx, leaf_7.ecx), (ALL & !(1 << 5), ALL & !(3 << 9)));
     }
 
     #[test]

@@ -182,6 +182,26 @@ mod tests {
         assert!(bench.sink.0.lock().unwrap().is_empty());
     }
 
+    proptest::proptest! {
+        #[test]
+        fn no_guest_input_panics(
+            input in proptest::num::u64::ANY,
+            code in proptest::sample::select(vec![POST, SIGNAL, 0x8001]),
+            address in proptest::num::u64::ANY,
+            bytes in proptest::collection::vec(proptest::num::u8::ANY, 256),
+        ) {
+            let bench = Bench::new();
+            bench.memory.write_slice(&bytes, GuestAddress(0x1000)).unwrap();
+            for input in [input, code, input & !0xffff | code] {
+                bench.call(input, address);
+                bench.call(input, 0x1000);
+            }
+            for (_, _, payload) in bench.sink.0.lock().unwrap().iter() {
+                proptest::prop_assert!(payload.len() <= 240);
+            }
+        }
+    }
+
     #[test]
     fn without_a_server_no_connection_exists() {
         let bench = Bench::new();

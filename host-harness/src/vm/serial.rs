@@ -424,7 +424,7 @@ impl SerialPort {
         }
     }
 
-    /// Ends the port: writes out what the guest has written, within [`DRAIN_LIMIT`], gives the
+    /// Ends the port: writes out what the guest has written, within a few seconds, gives the
     /// terminal back and ends the threads. A thread that reads standard input or a user's stream
     /// ends with its next byte, or not at all.
     pub fn finish(&self) {
