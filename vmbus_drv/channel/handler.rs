@@ -1,0 +1,94 @@
+// SPDX-License-Identifier: GPL-2.0
+
+//! What a driver says when it opens a channel, and what it is told then.
+
+use super::Channel;
+use hv_proto::packet::Packet;
+use kernel::sync::Arc;
+
+/// How a channel's packets reach its [`Handler`].
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum ReadMode {
+    /// [`Handler::on_packet`] in softirq context; the host's signals are masked meanwhile. For all
+    /// devices with much to say.
+    Batched,
+    /// The same without masking. For devices that send a message now and then.
+    Direct,
+    /// [`Handler::on_interrupt`] in hard interrupt context. The driver calls [`Channel::poll`]
+    /// later, from softirq context (NAPI), until that says that the ring is empty; there is no
+    /// other signal before that.
+    Isr,
+}
+
+/// What a driver chooses when it opens a channel.
+#[derive(Clone, Copy, Debug)]
+pub struct OpenParams<'a> {
+    /// Size of the ring to the host in bytes, its control page included: at least two pages.
+    pub send_bytes: usize,
+    /// Size of the ring from the host in bytes, its control page included: at least two pages.
+    pub recv_bytes: usize,
+    /// What the host's service wants to know, at most 120 bytes.
+    pub user_data: &'a [u8],
+    /// Largest packet that the host may send, in bytes, descriptor included. Larger ones are
+    /// counted and dropped.
+    pub max_packet: usize,
+    /// How packets reach the handler.
+    pub mode: ReadMode,
+}
+
+/// The driver's side of an open channel.
+///
+/// No method is called after the [`OpenChannel`] was dropped.
+pub trait Handler: Send + Sync + 'static {
+    /// A packet has come. It is a private copy, and its lengths have been checked; what is in the
+    /// payload has not.
+    ///
+    /// Softirq context; must not sleep.
+    fn on_packet(&self, channel: &Channel, packet: &Packet<'_>);
+
+    /// There is room in the ring again, after [`Channel::request_send_interrupt`].
+    ///
+    /// Softirq context; must not sleep.
+    fn on_send_space(&self, channel: &Channel) {
+        let _ = channel;
+    }
+
+    /// The host has signalled the channel ([`ReadMode::Isr`] only).
+    ///
+    /// Hard interrupt context.
+    fn on_interrupt(&self, channel: &Channel) {
+        let _ = channel;
+    }
+
+    /// The host has taken the channel away. Everything that waits for a packet of it must be ended
+    /// here; no packet comes any more, and sending fails with `ENODEV`.
+    ///
+    /// Process context, may sleep. Called at most once, possibly before [`Channel::open`] has
+    /// returned (which then fails). Must not drop the channel's [`OpenChannel`], nor wait for the
+    /// one who does.
+    fn on_rescind(&self, channel: &Channel) {
+        let _ = channel;
+    }
+
+    /// The host has damaged the ring. No packet comes any more, and sending fails with `EIO`.
+    ///
+    /// Process context, may sleep. Called at most once.
+    fn on_error(&self, channel: &Channel) {
+        let _ = channel;
+    }
+
+    /// The host's signals come to another CPU from now on.
+    ///
+    /// Process context, may sleep, but must not open or close a channel.
+    fn on_target_cpu_changed(&self, channel: &Channel, old: u32, new: u32) {
+        let _ = (channel, old, new);
+    }
+}
+
+/// A driver's interest in the sub-channels of its device.
+pub trait SubchannelHandler: Send + Sync + 'static {
+    /// A sub-channel was offered. Called once for each, also for those that were there before.
+    ///
+    /// Process context, may sleep and may open the channel.
+    fn on_subchannel(&self, channel: Arc<Channel>);
+}
