@@ -12,7 +12,7 @@
 #   viridian.size=ROWSxCOLUMNS    size of the user's terminal
 
 /bin/busybox --install -s /bin
-export PATH=/bin HOME=/ TERM=linux
+export PATH=/bin:/sbin:/usr/bin:/usr/sbin HOME=/ TERM=linux
 
 mount -t proc proc /proc
 mount -t sysfs sysfs /sys
