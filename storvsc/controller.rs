@@ -11,7 +11,6 @@ use crate::{
     },
     inflight::{
         Answered,
-        Early,
         Table, //
     },
     log::Limit,
@@ -19,7 +18,6 @@ use crate::{
         Pending,
         Task, //
     },
-    pages,
     params::{
         self,
         LogLevel, //
@@ -46,6 +44,7 @@ use crate::{
     }, //
 };
 use hv_proto::{
+    inflight::Early,
     packet::{
         Packet,
         PacketType, //
@@ -56,6 +55,7 @@ use hv_proto::{
         Sense,
         SenseKey, //
     },
+    segments,
     storage::{
         judge,
         Action,
@@ -301,7 +301,7 @@ impl Controller {
                 self.finish(cmd, answer);
                 true
             }
-            Answered::Deferred | Answered::Late => true,
+            Answered::Done => true,
             Answered::Unknown => false,
         };
         if known {
@@ -359,7 +359,7 @@ impl Controller {
     }
 
     /// Ends a command that came to its end while it was being sent.
-    fn finish_early(self: ArcBorrow<'_, Self>, cmd: Command<Self>, early: Early<Answer>) {
+    fn finish_early(self: ArcBorrow<'_, Self>, cmd: Command<Self>, early: Early<Answer, HostByte>) {
         match early {
             Early::Answered(answer) => self.finish(cmd, answer),
             Early::Failed(host) => cmd.complete(Outcome::failed(host)),
@@ -456,10 +456,13 @@ impl Controller {
     fn send(path: &Path, cmd: &Command<Self>, packet: &[u8], start: u32, id: u64) -> Result {
         match cmd.data_len() {
             0 => path.channel().send(packet, id, true),
-            len => {
-                path.channel()
-                    .send_gpa_iter(len, start, pages::frames(cmd.segments()), packet, id)
-            }
+            len => path.channel().send_gpa_iter(
+                len,
+                start,
+                segments::frames(cmd.segments()),
+                packet,
+                id,
+            ),
         }
     }
 
@@ -483,7 +486,7 @@ impl Controller {
             if cmd.map().is_err() {
                 return Err(Busy(cmd));
             }
-            match pages::start(cmd.segments(), cmd.data_len()) {
+            match segments::start(cmd.segments(), cmd.data_len()) {
                 Some(offset) => start = offset,
                 None => {
                     cmd.complete(Outcome::failed(HostByte::ERROR));

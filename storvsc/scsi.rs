@@ -24,7 +24,6 @@ pub(crate) use self::command::{
     Busy,
     Command,
     Direction,
-    Segment,
     TimedOut,
     UniqueTag, //
 };

@@ -7,8 +7,8 @@
 //! and answers, and the judgement of answers. Here is what the kernel needs around it:
 //!
 //! * [`controller`]: commands on their way out and back, timeouts and resets, units that come and go;
-//! * [`inflight`]: the commands that the host has, and the request ids that name them;
-//! * [`paths`]: the channels, and which one a command takes; [`pages`]: the data of a command;
+//! * [`inflight`]: the commands that the host has;
+//! * [`paths`]: the channels, and which one a command takes;
 //! * [`control`]: the driver's own requests; [`luns`]: what waits to be done about units;
 //! * [`scsi`]: the abstraction of the kernel's SCSI host interface, with nearly all `unsafe` code.
 //!
@@ -31,7 +31,6 @@ mod controller;
 mod inflight;
 mod log;
 mod luns;
-mod pages;
 mod params;
 mod paths;
 mod raw;

@@ -16,6 +16,7 @@ use core::{
     mem::ManuallyDrop,
     ptr::NonNull, //
 };
+use hv_proto::segments::Segment;
 use kernel::{
     bindings,
     prelude::*,
@@ -285,15 +286,6 @@ impl TimedOut<'_> {
     pub(crate) fn unique_tag(&self) -> UniqueTag {
         self.0
     }
-}
-
-/// A piece of a command's data, as the device is to see it.
-#[derive(Clone, Copy, PartialEq, Eq)]
-pub(crate) struct Segment {
-    /// DMA address of the first byte.
-    pub(crate) address: u64,
-    /// Length in bytes.
-    pub(crate) len: u64,
 }
 
 /// The segments of a mapped command; see [`Command::map`].
