@@ -11,8 +11,8 @@ use host_harness::vm::MAX_CPUS;
 use host_harness::vm::serial::SerialOption;
 use hv_proto::version::Version;
 
-/// A KVM host for Hyper-V guest drivers: a small virtual machine with the hypervisor interface of Hyper-V, a
-/// VMBus server and its devices.
+/// A KVM host for Hyper-V guest drivers: a small virtual machine with the hypervisor interface of
+/// Hyper-V, a VMBus server and its devices.
 #[derive(Debug, Parser)]
 #[command(name = "host-harness", version, disable_help_subcommand = true)]
 pub struct Cli {
@@ -101,23 +101,26 @@ pub struct RunArgs {
     #[arg(long, short, value_name = "SIZE", default_value = "512M")]
     pub memory: MemorySize,
 
-    /// What is behind a serial port: stdio, none, file:PATH or socket:PATH (listens; Unix socket). The first
-    /// use is ttyS0, the second ttyS1 [default: stdio, none]
+    /// What is behind a serial port: stdio, none, file:PATH or socket:PATH (listens; Unix socket).
+    /// The first use is ttyS0, the second ttyS1 [default: stdio, none]
     #[arg(long, value_name = "WHERE", action = ArgAction::Append)]
     pub serial: Vec<SerialOption>,
 
-    /// A disk: path=FILE[,format=raw|qcow2|vhd][,readonly=on][,snapshot=on][,bus=scsi|ide][,controller=N]
+    /// A disk:
+    /// path=FILE[,format=raw|qcow2|vhd][,readonly=on][,snapshot=on][,bus=scsi|ide][,controller=N]
     /// [,channel=N][,target=N][,lun=N][,id=NAME][,serial=TEXT][,logical_block_size=N]
     /// [,physical_block_size=N]; see below. May be repeated
-    #[arg(long, value_name = "KEY=VALUE,...", action = ArgAction::Append, conflicts_with = "no_vmbus")]
+    #[arg(long, value_name = "KEY=VALUE,...", action = ArgAction::Append,
+          conflicts_with = "no_vmbus")]
     pub disk: Vec<DiskOptions>,
 
     /// Number of SCSI controllers that are there even without disks
-    #[arg(long, value_name = "N", default_value_t = 1, value_parser = clap::value_parser!(u8).range(0..=4))]
+    #[arg(long, value_name = "N", default_value_t = 1,
+          value_parser = clap::value_parser!(u8).range(0..=4))]
     pub scsi_controllers: u8,
 
-    /// Sub-channels that the guest may open on each SCSI controller [default: one less than there are
-    /// processors]
+    /// Sub-channels that the guest may open on each SCSI controller [default: one less than there
+    /// are processors]
     #[arg(long, value_name = "N", value_parser = clap::value_parser!(u16).range(0..=63))]
     pub scsi_sub_channels: Option<u16>,
 
@@ -135,7 +138,8 @@ pub struct RunArgs {
 
     /// Let the guest signal through monitor pages, which the host looks at every so many
     /// microseconds (100 to 100000), instead of by hypercalls
-    #[arg(long, value_name = "MICROSECONDS", value_parser = clap::value_parser!(u64).range(100..=100_000))]
+    #[arg(long, value_name = "MICROSECONDS",
+          value_parser = clap::value_parser!(u64).range(100..=100_000))]
     pub vmbus_monitor_latency: Option<u64>,
 
     /// Offer no VMBus to the guest

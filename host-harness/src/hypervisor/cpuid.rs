@@ -1,8 +1,9 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
 
 //! CPUID of the guest: the processor's leaves as KVM supports them, with a plain topology (one
-//! socket, one thread a core), and the Hyper-V leaves (TLFS section 2.4) as KVM supports them, less what the
-//! harness does not serve. KVM's own signature is not offered: a Linux guest would prefer it.
+//! socket, one thread a core), and the Hyper-V leaves (TLFS section 2.4) as KVM supports them, less
+//! what the harness does not serve. KVM's own signature is not offered: a Linux guest would prefer
+//! it.
 
 use kvm_bindings::{KVM_CPUID_FLAG_SIGNIFCANT_INDEX, kvm_cpuid_entry2};
 

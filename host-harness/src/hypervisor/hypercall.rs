@@ -1,9 +1,9 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
 
 //! The hypercalls that KVM leaves to user space. KVM itself serves the TLB flushes, the IPIs, the
-//! spin-wait hint and HvSignalEvent on bound connections; it checks the control word's reserved bits. Here are
-//! HvPostMessage, and the statuses for all that nobody serves. TLFS chapter 3 and sections 11.10,
-//! 11.11.
+//! spin-wait hint and HvSignalEvent on bound connections; it checks the control word's reserved
+//! bits. Here are HvPostMessage, and the statuses for all that nobody serves. TLFS chapter 3, and
+//! chapter 11 for the two.
 
 use hv_proto::hypercall::{HvStatus, HypercallCode, HypercallInput, PostMessage, SignalEvent};
 use vm_memory::{Bytes, GuestAddress, GuestMemoryMmap};

@@ -36,8 +36,8 @@ pub struct KvmInterrupts {
 
 impl KvmInterrupts {
     /// Sets the VM's interrupt routes: the I/O APIC's pins and the SINTs of `cpus` processors.
-    /// `eom` is written when a guest that was interrupted may have emptied a message slot. All vCPUs must
-    /// exist and have their SynIC enabled: KVM ties SINTs to routes at this moment.
+    /// `eom` is written when a guest that was interrupted may have emptied a message slot. All
+    /// vCPUs must exist and have their SynIC enabled: KVM ties SINTs to routes at this moment.
     ///
     /// # Errors
     /// Of KVM.

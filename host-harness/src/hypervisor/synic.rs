@@ -5,9 +5,9 @@
 //! 11; Linux `Documentation/virt/kvm/api.rst`, `KVM_CAP_HYPERV_SYNIC2`.
 //!
 //! A message slot holds one message until the guest clears its type. While more messages wait, the
-//! slot's flag "pending" asks the guest to write EOM afterwards; KVM then signals the EOM event, and
-//! [`Synic::deliver`] fills the slot again. The event is armed only while messages wait: without
-//! auto-EOI each end of an interrupt would signal it too.
+//! slot's flag "pending" asks the guest to write EOM afterwards; KVM then signals the EOM event,
+//! and [`Synic::deliver`] fills the slot again. The event is armed only while messages wait:
+//! without auto-EOI each end of an interrupt would signal it too.
 
 use std::collections::VecDeque;
 use std::io;

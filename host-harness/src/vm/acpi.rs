@@ -4,10 +4,10 @@
 //!
 //! The platform is "hardware-reduced" ACPI: no SCI, no PM1 or GPE blocks, no legacy interrupt
 //! controller; power-off goes through the sleep control register and reset through the reset
-//! register, both I/O ports of [`super::power`]. The DSDT has the processors, the two serial ports and
-//! the device `VMBUS` that makes a Linux guest start its VMBus driver. Facts: ACPI specification
-//! 6.5, sections 4.8.3 (sleep registers), 5.2 (tables); the VMBUS device: the guest's platform
-//! driver matches the hardware id "VMBUS".
+//! register, both I/O ports of [`super::power`]. The DSDT has the processors, the two serial ports
+//! and the device `VMBUS` that makes a Linux guest start its VMBus driver. Facts: ACPI
+//! specification 6.5, sections 4.8.3 (sleep registers), 5.2 (tables); the VMBUS device: the guest's
+//! platform driver matches the hardware id "VMBUS".
 
 use acpi_tables::Aml;
 use acpi_tables::aml;

@@ -4,8 +4,8 @@
 //! boot protocol (kernel documentation, `arch/x86/boot.rst`).
 //!
 //! Memory below 1 MiB while the kernel starts: the GDT, the page tables, the zero page
-//! (`boot_params`), the command line; then the ACPI tables. The initramfs lies at the top of the RAM
-//! that the kernel can address early.
+//! (`boot_params`), the command line; then the ACPI tables. The initramfs lies at the top of the
+//! RAM that the kernel can address early.
 
 use std::fs::File;
 use std::io::{Read, Seek, SeekFrom};
@@ -428,7 +428,8 @@ impl Segment {
     }
 }
 
-/// Writes the firmware's few bytes, the GDT, and the page tables, which map the first 4 GiB one to one.
+/// Writes the firmware's few bytes, the GDT, and the page tables, which map the first 4 GiB one to
+/// one.
 fn write_tables(memory: &GuestMemoryMmap) -> Result<(), vm_memory::GuestMemoryError> {
     const PRESENT_WRITABLE: u64 = 3;
     const LARGE: u64 = 1 << 7;

@@ -213,8 +213,8 @@ fn register_memory(vm: &VmFd, memory: &Arc<GuestMemoryMmap>) -> Result<(), VmErr
         // SAFETY:
         // - The range is the whole mapping of a region of guest memory, which nothing in this
         //   process refers to but as volatile guest memory.
-        // - KVM accesses it only while a vCPU runs, and each vCPU thread holds an `Arc` of the memory
-        //   (`VcpuContext::memory`), so that the mapping lives longer.
+        // - KVM accesses it only while a vCPU runs, and each vCPU thread holds an `Arc` of the
+        //   memory (`VcpuContext::memory`), so that the mapping lives longer.
         unsafe { vm.set_user_memory_region(region) }
             .map_err(kvm_error("registering guest memory"))?;
     }

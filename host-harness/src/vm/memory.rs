@@ -17,7 +17,8 @@ pub const HOLE_END: u64 = 4 << 30;
 pub const HIGH_MEMORY_START: u64 = 1 << 20;
 /// Start of the extended BIOS data area: conventional RAM ends here.
 pub const EBDA_START: u64 = 0x9_fc00;
-/// The ACPI tables lie here, up to [`super::power::RESET_VECTOR`]; the guest searches the RSDP here too.
+/// The ACPI tables lie here, up to [`super::power::RESET_VECTOR`]; the guest searches the RSDP here
+/// too.
 pub const ACPI_START: u64 = 0xe_0000;
 
 /// Smallest guest memory: a distribution kernel does not unpack itself in less.

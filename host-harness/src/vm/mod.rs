@@ -4,8 +4,25 @@
 //!
 //! [`Vm::new`] checks the configuration and makes the machine; the VMBus server is built on its
 //! [`memory`](Vm::memory) and [`synic`](Vm::synic) and given back with
-//! [`set_message_sink`](Vm::set_message_sink); [`Vm::start`] runs it, and the [`VmHandle`] waits for
-//! its end, pauses or stops it.
+//! [`set_message_sink`](Vm::set_message_sink); [`Vm::start`] runs it, and the [`VmHandle`] waits
+//! for its end, pauses or stops it.
+//!
+//! ```no_run
+//! use host_harness::vm::serial::SerialBackend;
+//! use host_harness::vm::{ExitReason, Vm, VmConfig, VmError};
+//!
+//! let mut config = VmConfig::new("/boot/vmlinuz");
+//! config.initrd = Some("initrd.img".into());
+//! config.cmdline = "console=ttyS0".into();
+//! config.cpus = 2;
+//! config.serial[0] = SerialBackend::Streams {
+//!     output: Box::new(std::io::stdout()),
+//!     input: None,
+//! };
+//! let running = Vm::new(config)?.start()?;
+//! assert_eq!(running.wait()?, ExitReason::PowerOff);
+//! # Ok::<(), VmError>(())
+//! ```
 
 pub mod acpi;
 pub mod boot;
@@ -88,7 +105,8 @@ impl VmError {
     }
 }
 
-/// What a guest wrote into the crash registers (MSRs 0x40000100 to 0x40000104, TLFS section 2.5.9).
+/// What a guest wrote into the crash registers: MSRs 0x40000100 to 0x40000104,
+/// `HV_X64_MSR_CRASH_P0` and its four successors.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct CrashReport {
     /// The processor that reported.

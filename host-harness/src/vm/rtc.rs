@@ -1,8 +1,9 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
 
 //! The PC's real-time clock (MC146818, I/O ports 0x70 and 0x71), read-only: it shows the host's
-//! time in UTC, as BCD numbers and 24 hours (Linux takes them as BCD whatever the clock says). A guest without it would start in 1970. Writes to its
-//! registers are dropped, and it raises no interrupt.
+//! time in UTC, as BCD numbers and 24 hours (Linux takes them as BCD whatever the clock says). A
+//! guest without it would start in 1970. Writes to its registers are dropped, and it raises no
+//! interrupt.
 
 use std::time::{SystemTime, UNIX_EPOCH};
 

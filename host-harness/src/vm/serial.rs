@@ -1,11 +1,11 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
 
-//! The serial ports COM1 and COM2: 16550 UARTs (`vm-superio`) in front of a terminal, a file, a Unix
-//! socket, or streams that a test gives.
+//! The serial ports COM1 and COM2: 16550 UARTs (`vm-superio`) in front of a terminal, a file, a
+//! Unix socket, or streams that a test gives.
 //!
 //! A vCPU thread only puts bytes into a bounded queue; a thread of the port writes them out. A
-//! reader that is slower than the guest makes the guest's transmitter wait, at most
-//! [`STALL_LIMIT`] at a time, and then output is dropped until there is room again. Input is taken from its source
+//! reader that is slower than the guest makes the guest's transmitter wait, at most [`STALL_LIMIT`]
+//! at a time, and then output is dropped until there is room again. Input is taken from its source
 //! only as fast as the guest empties the UART's receive FIFO.
 
 use std::collections::VecDeque;
@@ -72,8 +72,8 @@ pub enum SerialBackend {
     Stdio,
     /// Output to a file, which is truncated. No input.
     File(PathBuf),
-    /// A Unix socket, which the harness listens on: one client at a time. Output while nobody is connected
-    /// is kept (the newest 64 KiB).
+    /// A Unix socket, which the harness listens on: one client at a time. Output while nobody is
+    /// connected is kept (the newest 64 KiB).
     Socket(PathBuf),
     /// Streams of the library's user. A `None` input is as a silent one.
     Streams {
@@ -313,8 +313,8 @@ pub struct SerialPort {
 }
 
 impl SerialPort {
-    /// Opens the backend; `None` for [`SerialBackend::None`]. `on_quit` is called when the user asks
-    /// on the terminal to end the VM.
+    /// Opens the backend; `None` for [`SerialBackend::None`]. `on_quit` is called when the user
+    /// asks on the terminal to end the VM.
     ///
     /// # Errors
     /// [`VmError::Image`] when a file or socket cannot be opened; [`VmError::System`].

@@ -26,7 +26,7 @@ use crate::hypervisor::synic::Synic;
 use crate::hypervisor::sys::{self, HypervExit};
 use crate::hypervisor::{MessageSink, hypercall};
 
-/// First of the five crash parameter MSRs (`HV_X64_MSR_CRASH_P0`, TLFS section 2.5.9).
+/// First of the five crash parameter MSRs (`HV_X64_MSR_CRASH_P0` in `hyperv/hvgdk_mini.h`).
 const MSR_CRASH_P0: u32 = 0x4000_0100;
 
 /// What a vCPU tells the VM. After all but `Crash` the vCPU waits to be stopped.
