@@ -630,6 +630,75 @@ mod tests {
         }
     }
 
+    /// An ELF file for x86-64 with one program header and `tail` behind it.
+    fn elf(entry: u64, header: [u64; 6], kind: u32, tail: &[u8]) -> Vec<u8> {
+        let mut file = b"\x7fELF\x02\x01\x01\0\0\0\0\0\0\0\0\0".to_vec();
+        file.extend([2, 0, 62, 0, 1, 0, 0, 0]);
+        file.extend(entry.to_le_bytes());
+        file.extend(64u64.to_le_bytes());
+        file.extend([0; 12]);
+        file.extend([64, 0, 56, 0, 1, 0, 0, 0, 0, 0, 0, 0]);
+        file.extend(kind.to_le_bytes());
+        file.extend(7u32.to_le_bytes());
+        for field in header {
+            file.extend(field.to_le_bytes());
+        }
+        file.extend_from_slice(tail);
+        file
+    }
+
+    #[test]
+    fn vmlinux_is_entered_at_its_entry() {
+        // Offset, virtual address, physical address, file size, memory size, alignment.
+        let header = [120, 0, 16 << 20, 4096, 8192, 4096];
+        let vm = boot(&elf(16 << 20, header, 1, &[0x90; 4096]), None, "").unwrap();
+        assert_eq!(vm.entry.rip, 16 << 20);
+        assert_eq!({ vm.params.hdr.header }, HEADER_MAGIC);
+    }
+
+    fn any_number() -> impl proptest::strategy::Strategy<Value = u64> {
+        use proptest::prelude::*;
+        prop_oneof![
+            any::<u64>(),
+            0..8192u64,
+            (0..128u64).prop_map(|n| n << 20),
+            (0..4096u64).prop_map(|n| u64::MAX - n),
+        ]
+    }
+
+    proptest::proptest! {
+        #![proptest_config(proptest::prelude::ProptestConfig::with_cases(512))]
+
+        #[test]
+        fn no_elf_header_panics(
+            entry in any_number(),
+            header in proptest::array::uniform6(any_number()),
+            kind in 0..8u32,
+            tail in proptest::collection::vec(proptest::num::u8::ANY, 0..200),
+        ) {
+            let _ = boot(&elf(entry, header, kind, &tail), None, "");
+        }
+
+        #[test]
+        fn no_bzimage_header_panics(
+            setup in proptest::collection::vec(proptest::num::u8::ANY, 119),
+            keep_magic in proptest::bool::ANY,
+            load in any_number(),
+            size in any_number(),
+        ) {
+            let mut file = bzimage(&[0x90; 4096], |h| {
+                h.pref_address = load;
+                h.init_size = size as u32;
+            });
+            if !keep_magic {
+                file[0x1f1..0x1f1 + 119].copy_from_slice(&setup);
+                file[0x1fe..0x200].copy_from_slice(&BOOT_FLAG.to_le_bytes());
+                file[0x202..0x206].copy_from_slice(&HEADER_MAGIC.to_le_bytes());
+            }
+            let _ = boot(&file, None, "");
+        }
+    }
+
     #[test]
     fn initrd_must_fit_and_not_be_empty() {
         let kernel = bzimage(&[0x90; 512], |_| ());
