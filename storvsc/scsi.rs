@@ -8,7 +8,7 @@
 //! value, and a [`Command`] that is dropped is completed with an error.
 //!
 //! The kernel crate has no such abstraction (7.3); this one has what storvsc needs, and nothing that
-//! is specific to it. All `unsafe` code of storvsc but for `params.rs` and `queue.rs` is in here.
+//! is specific to it. All `unsafe` code of storvsc is in here and in `params.rs`.
 //!
 //! C headers: [`include/scsi/scsi_host.h`](srctree/include/scsi/scsi_host.h),
 //! [`include/scsi/scsi_cmnd.h`](srctree/include/scsi/scsi_cmnd.h),

@@ -10,18 +10,20 @@
 //! * [`inflight`]: the commands that the host has;
 //! * [`paths`]: the channels, and which one a command takes;
 //! * [`control`]: the driver's own requests; [`luns`]: what waits to be done about units;
-//! * [`scsi`]: the abstraction of the kernel's SCSI host interface, with nearly all `unsafe` code.
+//! * [`scsi`]: the abstraction of the kernel's SCSI host interface; `unsafe` code is only there and in
+//!   [`params`], the module parameters.
 //!
 //! It uses the crates `kernel`, `hv_proto` and `vmbus`; nothing uses it.
 //!
 //! What a user can rely on: every command that is given to this driver ends, once, with the host's
 //! answer or with an error. Time limits: a command has `request_timeout` seconds, `1 +
 //! timeout_extensions` times; then the controller is reset, for which the host has `host_timeout`
-//! seconds; then all commands fail. A controller that is rescinded fails them at once.
+//! seconds; then all commands fail, and later ones at once, until the host sends something again. A
+//! controller that is rescinded fails them at once.
 //!
 //! Fibre Channel adapters are not supported.
 //!
-//! To try it: boot a guest of the host harness with a disk (`--scsi`, `--disk`), load `scsi_mod`,
+//! To try it: boot a guest of the host harness with a disk (`--disk`), load `scsi_mod`,
 //! `sd_mod`, `vmbus_drv.ko` and `storvsc.ko`; `lsscsi` shows the disk.
 //!
 //! C version of this driver: [`drivers/scsi/storvsc_drv.c`](srctree/drivers/scsi/storvsc_drv.c)
