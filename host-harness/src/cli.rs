@@ -65,6 +65,7 @@ Keys on a terminal (--serial stdio):
 Environment:
   RUST_LOG  what to log to stderr, such as `info` or `host_harness::vmbus=debug`
             [default: warn]
+  NO_COLOR  when set, no colours in the log
 
 Example:
   host-harness run --kernel vmlinuz --initrd initrd.img --cpus 2 --memory 1G \\

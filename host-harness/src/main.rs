@@ -44,9 +44,10 @@ fn main() -> ExitCode {
         }
     };
     let filter = EnvFilter::try_from_default_env().unwrap_or_else(|_| EnvFilter::new("warn"));
+    let no_color = std::env::var_os("NO_COLOR");
     tracing_subscriber::fmt()
         .with_env_filter(filter)
-        .with_ansi(std::io::stderr().is_terminal())
+        .with_ansi(std::io::stderr().is_terminal() && no_color.is_none_or(|v| v.is_empty()))
         .with_writer(std::io::stderr)
         .init();
     let Command::Run(args) = cli.command;
