@@ -35,9 +35,9 @@ pub struct BootArgs {
     /// Drivers for the bus and the disk
     #[arg(long, value_enum, default_value_t)]
     pub drivers: Drivers,
-    /// Virtual processors
-    #[arg(long, value_name = "N", default_value_t = 2, value_parser = clap::value_parser!(u32).range(1..=64))]
-    pub cpus: u32,
+    /// Virtual processors (default: 2, or 1 where the guest runs in an L1 VM, which has one)
+    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(1..=64))]
+    pub cpus: Option<u32>,
     /// Memory, such as 512M or 2G
     #[arg(long, value_name = "SIZE", default_value = "1G", value_parser = setup::parse_memory)]
     pub memory: u64,
@@ -133,7 +133,9 @@ pub fn run(cache: &Cache, boot: &BootArgs) -> Result<u8> {
         kernel: ready.kernel.image.clone(),
         initramfs: ready.initramfs.clone(),
         cmdline: command_line(boot, size),
-        cpus: boot.cpus,
+        cpus: boot
+            .cpus
+            .unwrap_or(if ready.kvm.is_direct() { 2 } else { 1 }),
         memory: boot.memory,
         disks,
         options,
@@ -278,7 +280,7 @@ mod tests {
         let boot = parse(&[]).unwrap();
         assert_eq!(
             (boot.drivers, boot.cpus, boot.memory),
-            (Drivers::Rust, 2, 1024)
+            (Drivers::Rust, None, 1024)
         );
         let line = command_line(&boot, Some((40, 120)));
         for word in [
