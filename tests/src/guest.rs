@@ -74,6 +74,7 @@ pub struct GuestBuilder {
     memory_mib: u64,
     disks: Vec<DiskOptions>,
     host_version: Version,
+    monitor_latency: Option<Duration>,
     words: Vec<String>,
     debian: bool,
     tools: bool,
@@ -81,7 +82,7 @@ pub struct GuestBuilder {
 }
 
 impl GuestBuilder {
-    /// Processors; 2 without this.
+    /// Processors; 1 without this, which is quickest where processors are emulated.
     #[must_use]
     pub fn cpus(mut self, cpus: u32) -> Self {
         self.cpus = cpus;
@@ -106,6 +107,13 @@ impl GuestBuilder {
     #[must_use]
     pub fn guest_version(mut self, version: Version) -> Self {
         self.words.push(self.drivers.max_version(version));
+        self
+    }
+
+    /// Let the guest signal through monitor pages, at which the host looks so often.
+    #[must_use]
+    pub fn monitor_latency(mut self, latency: Duration) -> Self {
+        self.monitor_latency = Some(latency);
         self
     }
 
@@ -187,6 +195,7 @@ impl GuestBuilder {
         ];
         let mut config = HostConfig::new(vm);
         config.vmbus = Some(self.host_version);
+        config.monitor_latency = self.monitor_latency;
         config.disks = disks;
         let host = Host::start(config)?;
         let agent = Client::new(agent_here)?;
@@ -245,10 +254,11 @@ impl Guest {
     pub fn with(drivers: Drivers) -> GuestBuilder {
         GuestBuilder {
             drivers,
-            cpus: 2,
+            cpus: 1,
             memory_mib: 512,
             disks: Vec::new(),
             host_version: Version::V5_3,
+            monitor_latency: None,
             words: Vec::new(),
             debian: false,
             tools: false,

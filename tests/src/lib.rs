@@ -35,3 +35,17 @@ macro_rules! both_drivers {
         }
     };
 }
+
+/// Makes one test of each function, `ours::NAME`, for behaviour that the C drivers lack. Where it is used, a comment
+/// says what they do instead.
+#[macro_export]
+macro_rules! our_drivers {
+    ($($name:ident),+ $(,)?) => {
+        mod ours {
+            $(#[test]
+            fn $name() -> ::anyhow::Result<()> {
+                super::$name($crate::Drivers::Rust)
+            })+
+        }
+    };
+}

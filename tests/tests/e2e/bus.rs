@@ -6,7 +6,7 @@ use anyhow::{Context, Result, ensure};
 use host_harness::disk::DiskOptions;
 use hv_proto::version::Version;
 use viridian_tests::guest::COMMAND;
-use viridian_tests::{Drivers, Guest, both_drivers};
+use viridian_tests::{Drivers, Guest, both_drivers, our_drivers};
 
 use crate::images::{Images, MIB, sha256};
 
@@ -17,9 +17,13 @@ both_drivers!(
     opens_subchannels,
     moves_channels_between_cpus,
     survives_cpu_offline_under_io,
-    rescind_under_io_ends_it,
     hot_adds_a_controller,
 );
+
+// The C storvsc cannot do this: after a rescind `storvsc_queuecommand` returns 0 for commands that it could not send,
+// nothing ever ends them (`storvsc_eh_timed_out` always starts the timer anew), and the removal of the device waits
+// for one of them, SYNCHRONIZE CACHE, for ever.
+our_drivers!(rescind_under_io_ends_it);
 
 fn enumerates_with_the_stable_sysfs(drivers: Drivers) -> Result<()> {
     let images = Images::new()?;

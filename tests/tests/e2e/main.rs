@@ -7,3 +7,4 @@ mod debian;
 mod disk;
 mod images;
 mod lifecycle;
+mod monitor;
