@@ -90,6 +90,8 @@ END
 cat > etc/systemd/system.conf.d/viridian.conf <<'END'
 [Manager]
 DefaultTimeoutStopSec=10s
+LogLevel=warning
+ShowStatus=no
 END
 cat > etc/systemd/system/viridian-agent.service <<'END'
 [Unit]
@@ -105,6 +107,14 @@ KillMode=process
 [Install]
 WantedBy=multi-user.target
 END
+# Of the programs that make units at each boot only the one for fstab has something to do.
+mkdir -p etc/systemd/system-generators
+for generator in usr/lib/systemd/system-generators/*; do
+    case $generator in
+        */systemd-fstab-generator) ;;
+        *) ln -sf /dev/null "etc/systemd/system-generators/${generator##*/}" ;;
+    esac
+done
 ln -sf ../viridian-agent.service etc/systemd/system/multi-user.target.wants/
 ln -sf /lib/systemd/system/multi-user.target etc/systemd/system/default.target
 rm -f etc/systemd/system/multi-user.target.wants/chrony.service etc/systemd/system/chronyd.service
