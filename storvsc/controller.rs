@@ -567,51 +567,39 @@ impl Controller {
         }
     }
 
-    /// Asks the host to reset the controller. Says whether it did.
-    fn ask_for_reset(&self) -> bool {
-        if self.paths.is_gone() {
-            return false;
-        }
-        dev_warn!(self.dev, "resetting the controller\n");
-        let packet = VstorPacket::request(Operation::RESET_BUS);
-        let reply = self
-            .control
-            .execute(self.paths.primary(), &packet, params::host_timeout());
-        match reply {
-            Ok(reply) => VstorPacket::parse(reply.payload(), PACKET_SIZE).is_ok_and(|answer| {
-                answer.operation == Operation::COMPLETE_IO && answer.status == Status::SUCCESS
-            }),
-            Err(e) => {
-                if e == ETIMEDOUT {
-                    self.silent.store(true, Relaxed);
-                }
-                false
-            }
-        }
-    }
-
     fn reset(&self) -> ResetOutcome {
         let Some(io) = self.io.as_ref() else {
             return ResetOutcome::Failed;
         };
-        if self.ask_for_reset() {
+        let packet = VstorPacket::request(Operation::RESET_BUS);
+        let timeout = params::host_timeout();
+        let primary = self.paths.primary();
+        let done = if self.paths.is_gone() {
+            false
+        } else {
+            dev_warn!(self.dev, "resetting the controller\n");
+            self.control
+                .execute(primary, &packet, timeout)
+                .ok()
+                .and_then(|reply| VstorPacket::parse(reply.payload(), PACKET_SIZE).ok())
+                .is_some_and(|answer| {
+                    answer.operation == Operation::COMPLETE_IO && answer.status == Status::SUCCESS
+                })
+        };
+        if done {
             // The host has ended all commands; the answers may be on their way still.
+            self.silent.store(false, Relaxed);
             self.drain(io);
             io.table.fail(None, HostByte::RESET);
-            return ResetOutcome::Done;
+            ResetOutcome::Done
+        } else {
+            dev_err!(
+                self.dev,
+                "the host does not answer; giving up on all commands\n"
+            );
+            io.table.fail(None, HostByte::NO_CONNECT);
+            ResetOutcome::Failed
         }
-        let silent = self.silent.load(Relaxed);
-        dev_err!(
-            self.dev,
-            "reset failed: {}\n",
-            if silent {
-                "the host does not answer, all commands fail until it does"
-            } else {
-                "all commands in flight fail"
-            }
-        );
-        io.table.fail(None, HostByte::NO_CONNECT);
-        ResetOutcome::Failed
     }
 }
 

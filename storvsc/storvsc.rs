@@ -18,8 +18,7 @@
 //! What a user can rely on: every command that is given to this driver ends, once, with the host's
 //! answer or with an error. Time limits: a command has `request_timeout` seconds, `1 +
 //! timeout_extensions` times; then the controller is reset, for which the host has `host_timeout`
-//! seconds; then all commands fail, and later ones at once, until the host sends something again. A
-//! controller that is rescinded fails them at once.
+//! seconds; then all commands fail. A controller that is rescinded fails them at once.
 //!
 //! Fibre Channel adapters are not supported.
 //!
