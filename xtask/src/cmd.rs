@@ -143,10 +143,10 @@ pub fn output(command: &mut Command) -> Result<String> {
 /// The program that a command runs, for messages.
 fn name_of(command: &Command) -> String {
     let program = command.get_program().to_string_lossy().into_owned();
-    if program == "setpriv" {
-        if let Some(name) = command.get_args().nth(3) {
-            return name.to_string_lossy().into_owned();
-        }
+    if program == "setpriv"
+        && let Some(name) = command.get_args().nth(3)
+    {
+        return name.to_string_lossy().into_owned();
     }
     program
 }
