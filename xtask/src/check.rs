@@ -2,11 +2,12 @@
 
 //! `check`: formatting and lints, of cargo's crates and of the kernel modules. Every warning is an error.
 
-use std::{fs, path::Path};
+use std::{fs, path::Path, process::Command};
 
 use anyhow::{Context, Result, bail};
 
 use crate::{
+    Unmet,
     cache::Cache,
     cargo::Workspace,
     checkout, cmd, host,
@@ -24,6 +25,7 @@ use crate::{
 /// Names the first check that found something, with what it printed.
 pub fn run(cache: &Cache, source: &KernelSource) -> Result<()> {
     host::ensure_packages(&KvmChoice::Direct, &cache.log_path("packages"))?;
+    ensure_components(cache)?;
     let cargo = |title: &str, arguments: &[&str]| -> Result<()> {
         let log = cache.log_path("check");
         let mut step = Step::start(title, &log, 200)?;
@@ -75,6 +77,34 @@ pub fn run(cache: &Cache, source: &KernelSource) -> Result<()> {
         &mut step,
     );
     finish(step, result, &log)
+}
+
+/// Gets rustfmt and clippy when the toolchain has come without them, as rustup's minimal profile does.
+fn ensure_components(cache: &Cache) -> Result<()> {
+    let missing: Vec<&str> = [("fmt", "rustfmt"), ("clippy", "clippy")]
+        .into_iter()
+        .filter(|(verb, _)| cmd::output(cmd::cargo().args([verb, "--version"])).is_err())
+        .map(|(_, component)| component)
+        .collect();
+    if missing.is_empty() {
+        return Ok(());
+    }
+    let log = cache.log_path("components");
+    let mut step = Step::start(&missing.join(" and "), &log, 5)?;
+    cmd::run_logged(
+        Command::new("rustup")
+            .args(["component", "add"])
+            .args(&missing),
+        &mut step,
+    )
+    .map_err(|error| {
+        Unmet(format!(
+            "the toolchain has no {}, and rustup does not add it: {error:#}",
+            missing.join(" and no ")
+        ))
+    })?;
+    step.done();
+    Ok(())
 }
 
 /// Ends a check; a failed one shows all that it printed.
