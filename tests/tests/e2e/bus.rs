@@ -223,9 +223,7 @@ fn survives_cpu_offline_under_io(drivers: Drivers) -> Result<()> {
          test \"$(sha256sum < /dev/{disk})\" = \"$want\" || exit 1; done"
     ))?;
     for _ in 0..3 {
-        for cpu in 1..4 {
-            guest.sh(&format!("echo 0 > /sys/devices/system/cpu/cpu{cpu}/online"))?;
-        }
+        guest.sh("echo 0 > /sys/devices/system/cpu/cpu1/online")?;
         let mapping = guest.sh(&format!(
             "cat /sys/block/{disk}/device/../../../channel_vp_mapping"
         ))?;
@@ -233,9 +231,7 @@ fn survives_cpu_offline_under_io(drivers: Drivers) -> Result<()> {
             mapping.lines().all(|line| line.ends_with(":0")),
             "channels on CPUs that are off: {mapping}"
         );
-        for cpu in 1..4 {
-            guest.sh(&format!("echo 1 > /sys/devices/system/cpu/cpu{cpu}/online"))?;
-        }
+        guest.sh("echo 1 > /sys/devices/system/cpu/cpu1/online")?;
     }
     guest.sh("touch /tmp/stop")?;
     let output = work.wait(COMMAND)?;
