@@ -17,6 +17,7 @@
 use std::{
     fs::{self, File, TryLockError},
     io,
+    os::unix::fs::DirBuilderExt,
     path::{Path, PathBuf},
     process::Command,
     time::SystemTime,
@@ -299,6 +300,50 @@ impl Cache {
             // A product that cannot be removed only costs space.
             let _ = self.discard(&path);
         }
+    }
+}
+
+/// A directory among the machine's temporary files for the sockets and logs of one run; the names of sockets have
+/// to be short. Removed when dropped, or at worst by a later run.
+pub struct Scratch(PathBuf);
+
+impl Scratch {
+    /// Makes one, and removes those of runs that were killed.
+    ///
+    /// # Errors
+    ///
+    /// When it cannot be created.
+    pub fn create(kind: &str) -> Result<Self> {
+        let base = std::env::temp_dir();
+        let prefix = format!("viridian-{kind}-");
+        for entry in fs::read_dir(&base).into_iter().flatten().flatten() {
+            let ours = entry
+                .file_name()
+                .to_str()
+                .is_some_and(|name| name.starts_with(&prefix));
+            if ours && !owner_lives(&entry.path()) {
+                // Another user's stay.
+                let _ = fs::remove_dir_all(entry.path());
+            }
+        }
+        let path = base.join(format!("{prefix}{}", std::process::id()));
+        fs::DirBuilder::new()
+            .mode(0o700)
+            .create(&path)
+            .with_context(|| format!("cannot create {}", path.display()))?;
+        Ok(Self(path))
+    }
+
+    /// Where it is.
+    pub fn path(&self) -> &Path {
+        &self.0
+    }
+}
+
+impl Drop for Scratch {
+    fn drop(&mut self) {
+        // What cannot be removed now is removed by a later run.
+        let _ = fs::remove_dir_all(&self.0);
     }
 }
 

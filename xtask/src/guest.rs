@@ -15,7 +15,10 @@ use anyhow::{Context, Result, bail};
 use clap::Args;
 use guest_agent::{Client, Event};
 
-use crate::cmd::{self, Interrupted};
+use crate::{
+    cache::Scratch,
+    cmd::{self, Interrupted},
+};
 
 /// How long a guest may take until its agent answers. A software CPU is slow.
 const BOOT_LIMIT: Duration = Duration::from_secs(300);
@@ -104,24 +107,6 @@ impl GuestArgs {
     }
 }
 
-/// A directory for one guest's socket and console, removed when dropped.
-struct Scratch(PathBuf);
-
-impl Scratch {
-    fn create() -> Result<Self> {
-        let path = std::env::temp_dir().join(format!("viridian-guest-{}", std::process::id()));
-        fs::create_dir(&path).with_context(|| format!("cannot create {}", path.display()))?;
-        Ok(Self(path))
-    }
-}
-
-impl Drop for Scratch {
-    fn drop(&mut self) {
-        // At worst it stays among the machine's temporary files.
-        let _ = fs::remove_dir_all(&self.0);
-    }
-}
-
 /// Ends the harness when dropped.
 struct Harness(Child);
 
@@ -139,8 +124,8 @@ impl Drop for Harness {
 ///
 /// When the harness or the guest fails before there is one.
 pub fn run(guest: &GuestArgs) -> Result<u8> {
-    let scratch = Scratch::create()?;
-    let agent = scratch.0.join("agent");
+    let scratch = Scratch::create("guest")?;
+    let agent = scratch.path().join("agent");
     match &guest.run {
         None => {
             // The console is the user's. Signals (of a terminal that closes) end the harness, and us with it.
@@ -157,7 +142,7 @@ pub fn run(guest: &GuestArgs) -> Result<u8> {
                 .unwrap_or(1))
         }
         Some(command) => {
-            let console = scratch.0.join("console");
+            let console = scratch.path().join("console");
             let mut harness = Harness(
                 guest
                     .harness_command(&format!("file:{}", console.display()), &agent)

@@ -24,6 +24,7 @@ use anyhow::{Context, Result, bail};
 use rustix::termios::{OptionalActions, Termios, tcgetattr, tcsetattr};
 
 use crate::{
+    cache::Scratch,
     cmd::{self, Interrupted},
     root::quote,
 };
@@ -51,35 +52,6 @@ pub struct L1 {
     pub writable: Vec<PathBuf>,
     /// Files and folders under the machine's /tmp that must be visible inside.
     pub keep: Vec<PathBuf>,
-}
-
-/// A private directory for the sockets; their names have to be short.
-struct Control(PathBuf);
-
-impl Control {
-    fn create() -> Result<Self> {
-        let base = std::env::temp_dir();
-        for attempt in 0..100 {
-            let path = base.join(format!("viridian-{}-{attempt}", std::process::id()));
-            match std::os::unix::fs::DirBuilderExt::mode(&mut fs::DirBuilder::new(), 0o700)
-                .create(&path)
-            {
-                Ok(()) => return Ok(Self(path)),
-                Err(error) if error.kind() == std::io::ErrorKind::AlreadyExists => {}
-                Err(error) => {
-                    return Err(error).with_context(|| format!("cannot create {}", path.display()));
-                }
-            }
-        }
-        bail!("cannot create a directory in {}", base.display())
-    }
-}
-
-impl Drop for Control {
-    fn drop(&mut self) {
-        // It is in the machine's directory for temporaries: at worst it stays there.
-        let _ = fs::remove_dir_all(&self.0);
-    }
 }
 
 /// The user's terminal in raw mode, until this is dropped.
@@ -294,8 +266,8 @@ impl L1 {
     ///
     /// When the VM does not start, ends without a status (for example by a kernel panic), or runs too long.
     pub fn run(&self, job: &Job) -> Result<u8> {
-        let control = Control::create()?;
-        let control = control.0.as_path();
+        let scratch = Scratch::create("l1")?;
+        let control = scratch.path();
         fs::write(control.join("command"), job_script(job))?;
         let lines = |lines: Vec<String>| lines.concat();
         fs::write(
