@@ -104,9 +104,10 @@ pub fn run(cache: &Cache, boot: &BootArgs) -> Result<u8> {
     ready.kvm.announce();
     let mut writable = Vec::new();
     let mut disks = Vec::new();
+    let mut _kept = None;
     if let Some(path) = &boot.keep {
         let path = absolute(path)?;
-        setup::kept_disk(&ready, &path)?;
+        _kept = Some(setup::kept_disk(&ready, &path)?);
         writable.push(directory_of(&path)?);
         disks.push(format!("path={},format=raw", path.display()));
     } else if !boot.initramfs {

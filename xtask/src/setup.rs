@@ -2,7 +2,10 @@
 
 //! The whole set-up, in order, and what it gives.
 
-use std::{fs, path::PathBuf};
+use std::{
+    fs::{self, File},
+    path::PathBuf,
+};
 
 use anyhow::{Context, Result, bail};
 
@@ -157,11 +160,29 @@ pub fn parse_memory(text: &str) -> Result<u64> {
 }
 
 /// A disk of the user's own that keeps what the guest writes: a copy of the Debian disk, made at first use.
+/// No other guest can have it while the file that is returned is open. (The harness locks its disks itself, but
+/// a lock that is taken in the L1 VM is not seen outside.)
 ///
 /// # Errors
 ///
-/// When it cannot be copied.
-pub fn kept_disk(ready: &Ready, path: &std::path::Path) -> Result<()> {
+/// When it cannot be made, or another guest has it.
+pub fn kept_disk(ready: &Ready, path: &std::path::Path) -> Result<File> {
+    make_kept_disk(ready, path)?;
+    let file = File::options()
+        .read(true)
+        .write(true)
+        .open(path)
+        .map_err(|error| Unmet(format!("{}: {error}", path.display())))?;
+    if !ready.kvm.is_direct() && file.try_lock().is_err() {
+        bail!(Unmet(format!(
+            "{}: another guest is using this disk",
+            path.display()
+        )));
+    }
+    Ok(file)
+}
+
+fn make_kept_disk(ready: &Ready, path: &std::path::Path) -> Result<()> {
     if path.exists() {
         return Ok(());
     }
