@@ -418,7 +418,9 @@ impl Connection {
             None => {
                 stats.events.count();
                 let status = hypercall::signal_event(SignalEvent::new(offer.connection_id, 0));
-                if !status.is_success() {
+                // A host that takes the channel back forgets its connection first: the rescind comes.
+                let gone = status == HvStatus::INVALID_CONNECTION_ID;
+                if !status.is_success() && !gone {
                     warn_limited!("channel {}: signal: {:?}\n", offer.channel_id.get(), status);
                 }
             }
