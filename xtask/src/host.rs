@@ -42,6 +42,15 @@ const PACKAGES: &[HostPackage] = &[
         name: "debian-archive-keyring",
         witness: Witness::File("/usr/share/keyrings/debian-archive-keyring.gpg"),
     },
+    // The tests make and check disk images.
+    HostPackage {
+        name: "e2fsprogs",
+        witness: Witness::Program("mke2fs"),
+    },
+    HostPackage {
+        name: "qemu-utils",
+        witness: Witness::Program("qemu-img"),
+    },
 ];
 
 /// Needed only where /dev/kvm does not serve.
