@@ -241,7 +241,7 @@ fn sees_a_new_size(drivers: Drivers) -> Result<()> {
     guest.sh(&format!(
         "dd if=/dev/zero of=/dev/{disk} bs=1M seek=15 count=1 oflag=direct 2>&1"
     ))?;
-    guest.check_log(&["apacity"])?;
+    guest.check_log(&["apacity", "tag#"])?;
     guest.power_off()
 }
 
