@@ -31,7 +31,7 @@ fn reloads_twenty_times(drivers: Drivers) -> Result<()> {
         let sum = guest.sh(&format!("sha256sum < /dev/{disk} | cut -d' ' -f1"))?;
         ensure!(sum == want, "round {round}: the guest read something else");
         for module in modules {
-            guest.sh(&format!("modprobe -r {module}"))?;
+            guest.sh(&format!("rmmod {module}"))?;
         }
         guest.sh(&format!("! test -e /sys/block/{disk}"))?;
         for module in modules.iter().rev() {
