@@ -20,7 +20,7 @@ both_drivers!(
     hot_adds_a_controller,
 );
 
-// The C storvsc cannot do this: after a rescind `storvsc_queuecommand` returns 0 for commands that it could not send,
+// With the C storvsc this did not end. The likely reason, from its source: after a rescind `storvsc_queuecommand` returns 0 for commands that it could not send,
 // nothing ever ends them (`storvsc_eh_timed_out` always starts the timer anew), and the removal of the device waits
 // for one of them, SYNCHRONIZE CACHE, for ever.
 our_drivers!(rescind_under_io_ends_it);
