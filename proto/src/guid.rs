@@ -64,28 +64,34 @@ impl Guid {
 
     /// Reads `xxxxxxxx-xxxx-xxxx-xxxx-xxxxxxxxxxxx`, in either case; `None` for other text.
     pub const fn parse(text: &str) -> Option<Self> {
-        let text = text.as_bytes();
-        if text.len() != 36 {
+        let mut rest = text.as_bytes();
+        if rest.len() != 36 {
             return None;
         }
-        let mut bytes = [0; 16];
-        let mut at = 0;
-        let mut n = 0;
-        while n < 16 {
-            if n == 4 || n == 6 || n == 8 || n == 10 {
-                if text[at] != b'-' {
+        let mut digits: u128 = 0;
+        let mut at = 0_u8;
+        while let Some((&c, tail)) = rest.split_first() {
+            if matches!(at, 8 | 13 | 18 | 23) {
+                if c != b'-' {
                     return None;
                 }
-                at += 1;
+            } else {
+                let Some(digit) = hex_digit(c) else {
+                    return None;
+                };
+                digits = digits << 4 | digit as u128;
             }
-            let (Some(high), Some(low)) = (hex_digit(text[at]), hex_digit(text[at + 1])) else {
-                return None;
-            };
-            bytes[ORDER[n]] = high << 4 | low;
-            at += 2;
-            n += 1;
+            at = at.wrapping_add(1);
+            rest = tail;
         }
-        Some(Self(bytes))
+        // The first three fields are numbers, little-endian; the rest is bytes.
+        let numbers = (digits >> 96) as u32 as u64
+            | ((digits >> 80) as u16 as u64) << 32
+            | ((digits >> 64) as u16 as u64) << 48;
+        let bytes = (digits as u64).swap_bytes();
+        Some(Self(
+            (numbers as u128 | (bytes as u128) << 64).to_le_bytes(),
+        ))
     }
 
     /// A GUID that a constant names; see the macro [`guid!`](crate::guid!).
@@ -93,6 +99,7 @@ impl Guid {
     /// # Panics
     ///
     /// When the text is not a GUID, which in a constant is an error of the compiler.
+    #[inline]
     pub const fn literal(text: &str) -> Self {
         match Self::parse(text) {
             Some(guid) => guid,

@@ -261,22 +261,27 @@ where
         }
     }
 
+    /// Takes out the request in slot `index` (less than [`capacity`](Self::capacity)), if there is
+    /// one: gives back id, kind and value.
+    pub fn cancel_at(&mut self, index: usize) -> Option<(RequestId, K, T)> {
+        let slot = self.storage.get(index)?;
+        let Content::Used { .. } = slot.content else {
+            return None;
+        };
+        let id = RequestId::pack(u32::try_from(index).ok()?, slot.generation);
+        let (kind, value) = self.cancel(id.get()).ok()?;
+        Some((id, kind, value))
+    }
+
     /// Takes out all requests, one after the other, as a rescind or a reset must: for each one
     /// `each` gets id, kind and value.
     pub fn drain(&mut self, mut each: impl FnMut(RequestId, K, T)) {
-        let capacity = self.capacity();
-        for index in 0..capacity {
+        for index in 0..self.capacity() {
             if self.used == 0 {
                 break;
             }
-            let Some(slot) = self.storage.get(index) else {
-                break;
-            };
-            if let Content::Used { .. } = slot.content {
-                let id = RequestId::pack(index as u32, slot.generation);
-                if let Ok((kind, value)) = self.cancel(id.get()) {
-                    each(id, kind, value);
-                }
+            if let Some((id, kind, value)) = self.cancel_at(index) {
+                each(id, kind, value);
             }
         }
     }

@@ -1,0 +1,12 @@
+// SPDX-License-Identifier: GPL-2.0 OR MIT
+
+//! Tests of the network protocols. Uses proptest.
+
+mod control;
+mod nvsp;
+mod objects;
+mod ppi;
+mod receive;
+mod rndis;
+mod session;
+mod transmit;
