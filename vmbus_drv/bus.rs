@@ -140,7 +140,7 @@ pub(crate) unsafe fn register(
     let driver = driver.get();
 
     // SAFETY: `driver` is valid, and nobody else uses it yet.
-    to_result(unsafe {
+    let result = to_result(unsafe {
         (*driver).id_table = id_table;
         (*driver).probe = Some(probe);
         (*driver).remove = Some(remove);
@@ -151,7 +151,12 @@ pub(crate) unsafe fn register(
         (*driver).bus = raw();
         (*driver).probe_type = bindings::probe_type_PROBE_PREFER_ASYNCHRONOUS;
         bindings::driver_register(driver)
-    })
+    });
+    if result.is_err() {
+        // SAFETY: Nobody uses it any more, and nobody will drop it.
+        drop(unsafe { (*driver).dynamic_ids.take() });
+    }
+    result
 }
 
 /// Unregisters a driver. Its devices are unbound first.

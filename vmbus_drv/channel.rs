@@ -87,6 +87,7 @@ use kernel::{
         WorkItem, //
     }, //
 };
+
 /// What `control` protects.
 struct Control {
     /// Where the protocol stands.
@@ -467,6 +468,7 @@ impl Channel {
             channel_id: self.id(),
         });
     }
+
     // --------------------------------------------------------------------------------------------
     // Which CPU
 
@@ -484,6 +486,31 @@ impl Channel {
         if !control.open {
             return Err(EIO);
         }
+        self.retarget(&mut control, new)
+    }
+
+    /// Gives the channel to `new` because its CPU goes offline. Fails only if the host has to agree
+    /// and does not.
+    pub(crate) fn leave_cpu(&self, new: u32) -> Result {
+        let mut control = self.control.lock();
+        if !control.open {
+            // The host hears of the CPU when the channel is opened.
+            self.target_cpu.store(new, Relaxed);
+            return Ok(());
+        }
+        match self.retarget(&mut control, new) {
+            Err(error) if error == ENODEV => Ok(()),
+            result => result,
+        }
+    }
+
+    /// Sets the CPU of a channel that nobody can have opened yet.
+    pub(crate) fn set_first_cpu(&self, cpu: u32) {
+        self.target_cpu.store(cpu, Relaxed);
+    }
+
+    /// The part of a change of CPU with `control` held, for an open channel.
+    fn retarget(&self, control: &mut Control, new: u32) -> Result {
         if self.is_rescinded() {
             return Err(ENODEV);
         }
@@ -534,20 +561,6 @@ impl Channel {
         }
         Ok(())
     }
-
-    /// Gives the channel to `new` because its CPU goes offline. Fails only if the host has to agree
-    /// and does not.
-    pub(crate) fn leave_cpu(&self, new: u32) -> Result {
-        match self.set_target_cpu(new) {
-            // Nobody has told the host a CPU yet.
-            Err(error) if error == EIO && !self.is_open() => {
-                self.target_cpu.store(new, Relaxed);
-                Ok(())
-            }
-            Err(error) if error == ENODEV => Ok(()),
-            result => result,
-        }
-    }
 }
 
 /// The error number for an error of the protocol.
@@ -559,12 +572,14 @@ fn to_errno(error: ChannelError) -> Error {
         _ => EINVAL,
     }
 }
+
 #[pinned_drop]
 impl PinnedDrop for Channel {
     fn drop(self: Pin<&mut Self>) {
         self.connection.channel_gone();
     }
 }
+
 /// An open channel. Dropping it closes the channel: no method of the handler runs after that.
 ///
 /// Dropping it sleeps, so it must not be done in [`Handler::on_packet`]. If the host does not let
@@ -626,7 +641,8 @@ impl Drop for OpenChannel {
         }
         // Wait for a notification that runs, which uses the handler.
         drop(channel.rescinding.lock());
-        if channel.is_leaving() && channel.primary.is_some() {
+        if channel.is_leaving() {
+            // It was not released while it was open.
             channel.schedule_update();
         }
     }

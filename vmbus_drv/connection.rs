@@ -11,12 +11,13 @@
 //! first one may wait for, can wait for sub-channels), and drivers are told of rescinds by a third
 //! one, so that whatever waits for the host in the other two ends at once.
 
+mod contact;
+mod cpus;
+mod offers;
+
 use crate::{
     channel::Channel,
-    cpu::{
-        self,
-        CONNECT_CPU, //
-    },
+    cpu,
     hypercall,
     log::{
         warn_limited,
@@ -29,25 +30,15 @@ use crate::{
         Key,
         Questions, //
     },
-    stats::Stats,
+    stats::{
+        Mistakes,
+        Stats, //
+    },
     synic::Synic,
     wait::Event, //
 };
 use hv_proto::{
-    client::{
-        self,
-        check_offer,
-        place_offer,
-        Agreed,
-        ContactParams,
-        KnownChannel,
-        OfferError,
-        OfferRules,
-        Placement,
-        Step, //
-    },
-    guid,
-    guid::Guid,
+    client,
     hypercall::{
         HvStatus,
         PostMessage,
@@ -61,12 +52,8 @@ use hv_proto::{
     },
     message::{
         HostMessage,
-        Message,
         MessageBuf,
-        OfferChannel,
-        RelidReleased,
-        RequestOffers,
-        Unload, //
+        OfferChannel, //
     },
     monitor::MonitorId,
     synic::SynicMessageType,
@@ -75,6 +62,7 @@ use hv_proto::{
 use kernel::{
     cpu::nr_cpu_ids,
     device,
+    fmt,
     impl_has_work,
     new_mutex,
     new_work,
@@ -93,10 +81,7 @@ use kernel::{
         Mutex, //
     },
     time::{
-        delay::{
-            fsleep,
-            udelay, //
-        },
+        delay::fsleep,
         Delta, //
     },
     workqueue::{
@@ -104,12 +89,6 @@ use kernel::{
         WorkItem, //
     }, //
 };
-
-/// How long the offers are waited for that the host makes at once, in milliseconds.
-const OFFERS_TIMEOUT_MS: u32 = 60_000;
-
-/// How long a crashing guest waits for the host to let go of its memory, in steps of 10 ms.
-const CRASH_UNLOAD_STEPS: u32 = 10_000;
 
 /// How often a message is posted that the hypervisor has no room for.
 const POST_TRIES: u32 = 100;
@@ -159,8 +138,9 @@ impl Queues {
 #[pin_data]
 pub(crate) struct PerCpu {
     connection: RcuArc<Connection>,
-    cpu: u32,
     synic: Synic,
+    /// Channels may be given to it.
+    usable: Atomic<bool>,
     #[pin]
     work: Work<PerCpu>,
 }
@@ -194,6 +174,9 @@ enum State {
     Leaving = 2,
 }
 
+/// Words of a bitmap of channel ids.
+const REFUSED_WORDS: usize = MAX_CHANNELS / u32::BITS as usize;
+
 /// The connection.
 #[pin_data]
 pub(crate) struct Connection {
@@ -217,12 +200,32 @@ pub(crate) struct Connection {
     interrupt_page: SharedPage,
     /// Monitored notifications: host to guest, and guest to host.
     monitor_pages: [SharedPage; 2],
+    /// Held while an offer is judged: messages can come on several CPUs at once.
+    #[pin]
+    offering: Mutex<()>,
+    /// Ids of offers that were refused, to be given back: one bit each.
+    refused: [Atomic<u32>; REFUSED_WORDS],
+    #[pin]
+    refused_work: Work<Connection>,
+    mistakes: Mistakes,
     #[pin]
     questions: Questions,
     #[pin]
     offers_delivered: Event,
     /// Channels that exist.
     live: Atomic<u32>,
+}
+
+impl_has_work! {
+    impl HasWork<Self> for Connection { self.refused_work }
+}
+
+impl WorkItem for Connection {
+    type Pointer = Arc<Self>;
+
+    fn run(this: Arc<Self>) {
+        this.release_refused();
+    }
 }
 
 impl Connection {
@@ -235,7 +238,7 @@ impl Connection {
         let mut per_cpu = KVec::with_capacity(nr_cpu_ids() as usize, GFP_KERNEL)?;
         for cpu in 0..nr_cpu_ids() {
             let entry = if cpu::is_present(cpu) {
-                Some(PerCpu::new(cpu)?)
+                Some(PerCpu::new()?)
             } else {
                 None
             };
@@ -257,6 +260,10 @@ impl Connection {
                 next_gpadl: Atomic::new(GpadlId::FIRST.get()),
                 interrupt_page,
                 monitor_pages,
+                offering <- new_mutex!(()),
+                refused: core::array::from_fn(|_| Atomic::new(0)),
+                refused_work <- new_work!("vmbus refused offers"),
+                mistakes: Mistakes::new(),
                 questions <- Questions::new(),
                 offers_delivered <- Event::new(),
                 live: Atomic::new(0),
@@ -307,6 +314,33 @@ impl Connection {
 
     fn per_cpu(&self, cpu: u32) -> Option<&Arc<PerCpu>> {
         self.per_cpu.get(cpu as usize)?.as_ref()
+    }
+
+    /// Writes the counters: the host's mistakes, and a line for each channel.
+    pub(crate) fn write_counters(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let mistakes = &self.mistakes;
+        writeln!(
+            f,
+            "invalid_messages {} unexpected_messages {} refused_offers {} unknown_rescinds {}",
+            mistakes.invalid.get(),
+            mistakes.unexpected.get(),
+            mistakes.refused_offers.get(),
+            mistakes.unknown_rescinds.get(),
+        )?;
+        self.for_each_channel(|channel| {
+            let stats = channel.stats();
+            writeln!(
+                f,
+                "channel {} sent {} received {} oversized {} corrupt {}",
+                channel.id().get(),
+                stats.sent.get(),
+                stats.received.get(),
+                stats.oversized.get(),
+                stats.corrupt.get(),
+            )?;
+            Ok(())
+        })
+        .map_err(|_| fmt::Error)
     }
 
     pub(crate) fn next_gpadl_id(&self) -> GpadlId {
@@ -480,7 +514,10 @@ impl Connection {
             if message.message_type == SynicMessageType::CHANNEL {
                 match message.payload() {
                     Some(payload) => self.handle_message(payload),
-                    None => warn_limited!("message with a length of {}\n", message.payload_size),
+                    None => {
+                        self.mistakes.invalid.count();
+                        warn_limited!("message with a length of {}\n", message.payload_size);
+                    }
                 }
             }
             per_cpu.synic.end_of_message(&message);
@@ -492,12 +529,14 @@ impl Connection {
         let message = match HostMessage::parse(payload, self.version()) {
             Ok(message) => message,
             Err(error) => {
+                self.mistakes.invalid.count();
                 warn_limited!("{}\n", Show(error));
                 return;
             }
         };
         let message_type = message.message_type();
         if !self.protocol.lock().accepts(&message) {
+            self.mistakes.unexpected.count();
             warn_limited!("{:?} at a wrong time\n", message_type);
             return;
         }
@@ -507,395 +546,21 @@ impl Connection {
             HostMessage::AllOffersDelivered(_) => self.offers_delivered.set(),
             answer => {
                 if !self.questions.answer(answer) {
+                    self.mistakes.unexpected.count();
                     warn_limited!("{:?} was not expected\n", message_type);
                 }
             }
         }
     }
-
-    /// Checks an offer, and makes a channel of it.
-    fn handle_offer(self: &Arc<Self>, offer: OfferChannel) {
-        if !self.is_in(State::Connected) {
-            return;
-        }
-        let result = self.judge_offer(&offer).map(|primary| {
-            if self.accept_offer(offer, primary).is_err() {
-                pr_err!("channel {}: no memory for it\n", offer.channel_id.get());
-                self.release_id(offer.channel_id);
-            }
-        });
-        if let Err(reason) = result {
-            warn_limited!(
-                "offer of channel {} ({}, {}): {}\n",
-                offer.channel_id.get(),
-                Show(offer.interface_id),
-                Show(offer.instance_id),
-                Show(reason)
-            );
-            if reason.must_release() {
-                self.release_id(offer.channel_id);
-            }
-        }
-    }
-
-    /// The primary channel for an offered sub-channel, `None` for a device of its own.
-    fn judge_offer(
-        &self,
-        offer: &OfferChannel,
-    ) -> core::result::Result<Option<Arc<Channel>>, OfferError> {
-        let rules = OfferRules {
-            version: self.version().unwrap_or(Version::OLDEST),
-            confidential: false,
-            isolated: false,
-        };
-        check_offer(offer, &rules)?;
-        let highest = self.highest.load(Acquire);
-        let known = (0..=highest)
-            .filter_map(|id| self.channel(ChannelId::new(id)))
-            .map(|channel| {
-                let offer = channel.offer();
-                KnownChannel {
-                    channel_id: channel.id(),
-                    interface_id: offer.interface_id,
-                    instance_id: offer.instance_id,
-                    sub_channel_index: channel.subchannel_index(),
-                    rescinded: channel.is_leaving(),
-                }
-            });
-        match place_offer(offer, known)? {
-            // The queue of devices is ordered, and the old one's removal is in it already.
-            Placement::Primary | Placement::PrimaryAfter(_) => Ok(None),
-            Placement::Subchannel { primary } => {
-                let primary = self.channel(primary).ok_or(OfferError::NoPrimary)?;
-                Ok(Some(primary))
-            }
-        }
-    }
-
-    fn accept_offer(
-        self: &Arc<Self>,
-        offer: OfferChannel,
-        primary: Option<Arc<Channel>>,
-    ) -> Result {
-        let id = offer.channel_id;
-        let slot = id
-            .index()
-            .and_then(|index| self.channels.get(index))
-            .ok_or(EINVAL)?;
-        let target_cpu = self.choose_cpu(&offer);
-        let channel = Channel::new(self.clone(), offer, primary, target_cpu)?;
-        slot.fill(channel.clone()).map_err(|_| EEXIST)?;
-
-        // Only this work item offers channels, but it can run on several CPUs.
-        let mut highest = self.highest.load(Relaxed);
-        while highest < id.get() {
-            match self.highest.cmpxchg(highest, id.get(), Release) {
-                Ok(_) => break,
-                Err(now) => highest = now,
-            }
-        }
-        channel.schedule_update();
-        Ok(())
-    }
-
-    /// The CPU that is to get a channel's interrupts. Channels of devices with much to say are
-    /// spread: first those of one device over the CPUs, then all of them.
-    fn choose_cpu(&self, offer: &OfferChannel) -> u32 {
-        if !is_performance_critical(&offer.interface_id) {
-            return CONNECT_CPU;
-        }
-        let load = |cpu| {
-            let mut device = 0usize;
-            let mut all = 0usize;
-            let _ = self.for_each_channel(|other| {
-                let theirs = other.offer();
-                if other.target_cpu() == cpu && is_performance_critical(&theirs.interface_id) {
-                    all = all.saturating_add(1);
-                    if theirs.instance_id == offer.instance_id {
-                        device = device.saturating_add(1);
-                    }
-                }
-                Ok(())
-            });
-            (device, all)
-        };
-        (0..nr_cpu_ids())
-            .filter(|&cpu| cpu::is_online(cpu) && cpu::is_housekeeping(cpu))
-            .min_by_key(|&cpu| load(cpu))
-            .unwrap_or(CONNECT_CPU)
-    }
-
-    fn handle_rescind(&self, id: ChannelId) {
-        match self.channel(id) {
-            Some(channel) => channel.rescind(),
-            // Its offer was refused, and the id given back, before.
-            None if self.is_in(State::Connected) => {
-                warn_limited!("rescind of channel {}, which is not there\n", id.get());
-            }
-            None => {}
-        }
-    }
-
-    /// Tells the host that it may use the id of a channel for another one.
-    fn release_id(&self, id: ChannelId) {
-        // The error has been logged. The host keeps the id then, which costs it nothing.
-        let _ = self.post(&RelidReleased { channel_id: id }.encode());
-    }
-
-    /// Takes a channel out of the table. `message`, if any, gives its id back to the host.
-    pub(crate) fn release(&self, channel: &Channel, message: Option<RelidReleased>) {
-        let slot = channel
-            .id()
-            .index()
-            .and_then(|index| self.channels.get(index));
-        let removed = slot.and_then(|slot| slot.replace(None));
-        if let Some(message) = message {
-            self.release_id(message.channel_id);
-        }
-        drop(removed);
-    }
-
-    // --------------------------------------------------------------------------------------------
-    // Connecting
-
-    /// Agrees on a version with the host, and asks for its offers.
-    ///
-    /// # Errors
-    ///
-    /// `EINVAL` if `max_version` is older than all, `EOPNOTSUPP` if there is no version that both
-    /// know and allow, or those of posting and waiting.
-    pub(crate) fn connect(&self, max_version: u32) -> Result {
-        let Some(max_version) = Version::at_most(max_version) else {
-            pr_err!("max_version {:#x} is older than all\n", max_version);
-            return Err(EINVAL);
-        };
-        let params = ContactParams {
-            max_version,
-            ..ContactParams::new(
-                cpu::vp_index(CONNECT_CPU),
-                self.interrupt_page.phys(),
-                [self.monitor_pages[0].phys(), self.monitor_pages[1].phys()],
-            )
-        };
-        let agreed = self.negotiate(&params)?;
-        pr_info!(
-            "Vmbus version:{}.{}\n",
-            agreed.version.major(),
-            agreed.version.minor()
-        );
-        self.request_offers()
-    }
-
-    /// Proposes versions until the host takes one.
-    fn negotiate(&self, params: &ContactParams) -> Result<Agreed> {
-        let mut step = self.protocol.lock().start(params);
-        loop {
-            let attempt = match step {
-                Step::Post(attempt) => attempt,
-                Step::Connected(agreed) => {
-                    self.message_connection
-                        .store(agreed.message_connection_id.get(), Relaxed);
-                    self.version.store(agreed.version.raw(), Release);
-                    self.set_state(State::Connected);
-                    return Ok(agreed);
-                }
-                Step::Failed(error) => {
-                    pr_err!("{}\n", Show(error));
-                    return Err(EOPNOTSUPP);
-                }
-            };
-            let message = attempt.message.encode();
-            let mut failed = HvStatus::SUCCESS;
-            let answer = self.ask(Key::Version, None, || {
-                self.post_to(attempt.connection_id, &message, false, sleep)
-                    .map_err(|status| {
-                        failed = status;
-                        EIO
-                    })
-            });
-            let mut protocol = self.protocol.lock();
-            step = match answer {
-                Ok(HostMessage::VersionResponse(response)) => {
-                    protocol.version_response(&response).map_err(|_| EIO)?
-                }
-                Err(_) if !failed.is_success() => protocol.post_failed(failed),
-                _ => protocol.contact_timed_out(),
-            };
-        }
-    }
-
-    fn request_offers(&self) -> Result {
-        self.post(&RequestOffers {}.encode())?;
-        if !self.offers_delivered.wait(OFFERS_TIMEOUT_MS) {
-            pr_warn!("the host has not made all its offers yet\n");
-        }
-        // What is offered at once is there when the module has loaded.
-        self.queues.devices.flush();
-        Ok(())
-    }
-
-    /// Removes all devices and waits until nothing uses them any more.
-    pub(crate) fn remove_devices(&self) {
-        self.set_state(State::Leaving);
-        // An offer may be at work.
-        self.queues.flush();
-        let _ = self.for_each_channel(|channel| {
-            if channel.primary().is_none() {
-                channel.leave();
-            }
-            Ok(())
-        });
-        self.queues.flush();
-        // Most hosts take the sub-channels away when the primary channel is closed.
-        let _ = self.for_each_channel(|channel| {
-            channel.leave();
-            Ok(())
-        });
-        self.queues.flush();
-        // Somebody may hold a device for a moment longer; the module must not go before that.
-        let mut waited = 0u32;
-        while self.live.load(Acquire) != 0 {
-            self.queues.flush();
-            fsleep(Delta::from_millis(10));
-            waited = waited.saturating_add(1);
-            if waited % 1000 == 0 {
-                pr_warn!("{} channels are still in use\n", self.live.load(Relaxed));
-            }
-        }
-    }
-
-    /// Tells the host that the guest lets go of everything, and waits until it has, too.
-    pub(crate) fn unload(&self) {
-        if self.state.xchg(State::Disconnected as u32, Full) == State::Disconnected as u32 {
-            return;
-        }
-        let Some(message) = self.protocol.lock().unload() else {
-            return;
-        };
-        let answer = self.ask(Key::Unload, None, || self.post(&message.encode()));
-        let mut protocol = self.protocol.lock();
-        if let Err(error) = answer {
-            pr_err!("the host does not let go: {:?}\n", error);
-            protocol.unload_timed_out();
-        } else if protocol.unload_response().is_err() {
-            protocol.unload_timed_out();
-        }
-        drop(protocol);
-        self.version.store(0, Release);
-    }
-
-    /// The same in a guest that has crashed: interrupts are off, the other CPUs stand still and
-    /// hold any lock.
-    pub(crate) fn crash_unload(&self) {
-        if self.state.xchg(State::Disconnected as u32, Full) == State::Disconnected as u32 {
-            return;
-        }
-        let connection = ConnectionId::new(self.message_connection.load(Relaxed));
-        let delay = |us| udelay(Delta::from_micros(i64::from(us)));
-        if self
-            .post_to(connection, &Unload {}.encode(), true, delay)
-            .is_err()
-        {
-            return;
-        }
-        let mut unloaded = false;
-        for step in 0..CRASH_UNLOAD_STEPS {
-            for per_cpu in self.per_cpu.iter().flatten() {
-                let Some(message) = per_cpu.synic.message() else {
-                    continue;
-                };
-                if let Some(payload) = message.payload() {
-                    if let Ok(HostMessage::UnloadResponse(_)) = HostMessage::parse(payload, None) {
-                        unloaded = true;
-                    }
-                }
-                // Another CPU's register cannot be written, but the host looks again by itself.
-                per_cpu.synic.end_of_message(&message);
-            }
-            if unloaded {
-                return;
-            }
-            if step % 500 == 499 {
-                pr_notice!("waiting for the host to let go\n");
-            }
-            for _ in 0..10 {
-                delay(1000);
-            }
-        }
-        pr_err!("the host did not let go in time\n");
-    }
-
-    // --------------------------------------------------------------------------------------------
-    // CPUs come and go
-
-    /// Runs on the CPU.
-    pub(crate) fn cpu_online(&self, cpu: u32) -> Result {
-        let per_cpu = self.per_cpu(cpu).ok_or(ENODEV)?;
-        per_cpu.synic.enable();
-        Ok(())
-    }
-
-    /// Runs on the CPU. Fails if the CPU is needed.
-    pub(crate) fn cpu_offline(&self, cpu: u32) -> Result {
-        let per_cpu = self.per_cpu(cpu).ok_or(ENODEV)?;
-        if self.is_connected() {
-            if cpu == CONNECT_CPU {
-                return Err(EBUSY);
-            }
-            self.for_each_channel(|channel| self.move_channel(channel, cpu))?;
-            if !per_cpu.synic.wait_for_events() {
-                return Err(EBUSY);
-            }
-        }
-        self.disable_cpu(cpu);
-        Ok(())
-    }
-
-    /// Gives a channel of CPU `from` to another one.
-    fn move_channel(&self, channel: &Arc<Channel>, from: u32) -> Result {
-        if channel.target_cpu() != from {
-            return Ok(());
-        }
-        // Before 5.3 the host does not say when it has stopped to use the old CPU.
-        let acknowledged = self
-            .version()
-            .is_some_and(|version| version.has_modify_channel_response());
-        if channel.is_open() && !acknowledged {
-            return Err(EBUSY);
-        }
-        let mut to = CONNECT_CPU;
-        let mut least = usize::MAX;
-        for cpu in (0..nr_cpu_ids())
-            .filter(|&cpu| cpu != from && cpu::is_online(cpu) && cpu::is_housekeeping(cpu))
-        {
-            let mut load = 0usize;
-            let _ = self.for_each_channel(|other| {
-                load = load.saturating_add(usize::from(other.target_cpu() == cpu));
-                Ok(())
-            });
-            // The connect CPU has enough to do.
-            if load < least && (cpu != CONNECT_CPU || least == usize::MAX) {
-                (to, least) = (cpu, load);
-            }
-        }
-        channel.leave_cpu(to).map_err(|_| EBUSY)
-    }
-
-    /// Takes the pages of this CPU back from the hypervisor.
-    pub(crate) fn disable_cpu(&self, cpu: u32) {
-        if let Some(per_cpu) = self.per_cpu(cpu) {
-            per_cpu.synic.disable();
-        }
-    }
 }
 
 impl PerCpu {
-    fn new(cpu: u32) -> Result<Arc<Self>> {
+    fn new() -> Result<Arc<Self>> {
         let synic = Synic::new()?;
         Arc::pin_init(
             pin_init!(Self {
                 connection: RcuArc::empty(),
-                cpu,
+                usable: Atomic::new(false),
                 synic,
                 work <- new_work!("vmbus messages"),
             }),
@@ -903,19 +568,6 @@ impl PerCpu {
         )
     }
 }
-
-/// Whether a device class has so much to say that its channels are spread over the CPUs.
-fn is_performance_critical(class: &Guid) -> bool {
-    [
-        guid::IDE,
-        guid::SCSI,
-        guid::FIBRE_CHANNEL,
-        guid::NETWORK,
-        guid::NETWORK_DIRECT,
-    ]
-    .contains(class)
-}
-
 /// Sets a bit of a word that the host reads and clears. Full barrier.
 fn set_bit(word: &Atomic<u32>, bit: u32) {
     let mask = 1u32.wrapping_shl(bit);

@@ -15,8 +15,8 @@ impl<T: core::fmt::Display> fmt::Display for Show<T> {
     }
 }
 
-/// Whether one more message is all right now.
-pub(crate) fn is_allowed() -> bool {
+/// Whether one more message about what the host does is all right now. Any context.
+pub fn is_allowed() -> bool {
     // SAFETY: Always safe to call, from any context.
     unsafe { raw::vmbus_helper_ratelimit() }
 }

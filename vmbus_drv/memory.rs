@@ -9,7 +9,10 @@
 //! C header: [`include/linux/vmalloc.h`](srctree/include/linux/vmalloc.h)
 
 use crate::raw;
-use core::ptr::NonNull;
+use core::{
+    mem::MaybeUninit,
+    ptr::NonNull, //
+};
 use kernel::{
     bindings,
     page::{
@@ -273,6 +276,54 @@ impl SharedBuffer {
             .copy_out(offset, buf)
             .then_some(())
             .ok_or(EINVAL)
+    }
+
+    /// As [`SharedBuffer::read_at`], to memory that need not be initialized. It is afterwards.
+    ///
+    /// # Errors
+    ///
+    /// As [`SharedBuffer::read_at`].
+    pub fn read_uninit(&self, offset: usize, buf: &mut [MaybeUninit<u8>]) -> Result {
+        if !self.mapping.contains(offset, buf.len()) {
+            return Err(EINVAL);
+        }
+
+        // SAFETY: The source is inside of the mapping, by the check above; `buf` is not, because no
+        // reference into the mapping exists.
+        unsafe {
+            bindings::memcpy(
+                buf.as_mut_ptr().cast(),
+                self.mapping.address.as_ptr().add(offset).cast(),
+                buf.len(),
+            )
+        };
+        Ok(())
+    }
+
+    /// As [`SharedBuffer::write_at`], from memory that others may change meanwhile.
+    ///
+    /// # Errors
+    ///
+    /// As [`SharedBuffer::write_at`].
+    ///
+    /// # Safety
+    ///
+    /// `from` must be valid for reads of `len` bytes.
+    pub unsafe fn write_from(&self, offset: usize, from: *const u8, len: usize) -> Result {
+        if !self.mapping.contains(offset, len) {
+            return Err(EINVAL);
+        }
+
+        // SAFETY: The destination is inside of the mapping, by the check above. The source is valid,
+        // as the caller promises, and elsewhere; if it changes meanwhile, so does what is copied.
+        unsafe {
+            bindings::memcpy(
+                self.mapping.address.as_ptr().add(offset).cast(),
+                from.cast(),
+                len,
+            )
+        };
+        Ok(())
     }
 
     /// Copies `buf` to the buffer.

@@ -20,6 +20,7 @@ use crate::{
 };
 use kernel::{
     acpi,
+    debugfs,
     device::Core,
     platform,
     prelude::*,
@@ -36,14 +37,26 @@ kernel::acpi_device_table!(
 );
 
 /// The bus while it is connected. The fields are dropped from the first to the last.
-#[pin_data(PinnedDrop)]
+#[pin_data]
 pub(crate) struct Vmbus {
+    devices: Devices,
+    #[pin]
+    counters: debugfs::File<Arc<Connection>>,
     #[pin]
     exit: ExitHandlers,
     contact: Contact,
     hotplug: HotplugRegistration,
     interrupts: Interrupts,
     connection: Owner,
+}
+
+/// Removes the devices when dropped.
+struct Devices(Arc<Connection>);
+
+impl Drop for Devices {
+    fn drop(&mut self) {
+        self.0.remove_devices();
+    }
 }
 
 /// Ends the contact with the host when dropped.
@@ -97,24 +110,25 @@ impl platform::Driver for Vmbus {
                 connection: Connection::new(parent.into(), queues.clone())?,
                 queues,
             };
-            let interrupts = Interrupts::new(owner.connection.clone())?;
-            let hotplug = HotplugRegistration::new::<Cpus>(c"viridian/vmbus:online")?;
-            let contact = Contact(owner.connection.clone());
-            owner.connection.connect(hypercall::max_version())?;
+            let bus = owner.connection.clone();
+            // In this order, which the drop of what is there follows backwards if a step fails.
             Ok(try_pin_init!(Self {
-                exit <- ExitHandlers::new(),
-                contact,
-                hotplug,
-                interrupts,
                 connection: owner,
+                interrupts: Interrupts::new(bus.clone())?,
+                hotplug: HotplugRegistration::new::<Cpus>(c"viridian/vmbus:online")?,
+                contact: Contact(bus.clone()),
+                exit <- ExitHandlers::new(),
+                counters <- debugfs::Dir::new(c"vmbus_drv").read_callback_file(
+                    c"counters",
+                    bus.clone(),
+                    &|bus, f| bus.write_counters(f),
+                ),
+                devices: {
+                    let devices = Devices(bus.clone());
+                    bus.connect(hypercall::max_version())?;
+                    devices
+                },
             }))
         })
-    }
-}
-
-#[pinned_drop]
-impl PinnedDrop for Vmbus {
-    fn drop(self: Pin<&mut Self>) {
-        self.connection.connection.remove_devices();
     }
 }

@@ -21,7 +21,7 @@ use kernel::sync::{
 /// # Invariants
 ///
 /// The pointer is null, or comes from [`Arc::into_raw`] and owns that reference.
-pub(crate) struct RcuArc<T> {
+pub struct RcuArc<T> {
     ptr: Atomic<*mut T>,
 }
 
@@ -33,7 +33,7 @@ unsafe impl<T: Send + Sync> Sync for RcuArc<T> {}
 
 impl<T> RcuArc<T> {
     /// An empty place.
-    pub(crate) const fn empty() -> Self {
+    pub const fn empty() -> Self {
         // INVARIANT: The pointer is null.
         Self {
             ptr: Atomic::new(core::ptr::null_mut()),
@@ -41,7 +41,7 @@ impl<T> RcuArc<T> {
     }
 
     /// Borrows the object for as long as the RCU read side is held.
-    pub(crate) fn get<'a>(&'a self, _guard: &'a rcu::Guard) -> Option<ArcBorrow<'a, T>> {
+    pub fn get<'a>(&'a self, _guard: &'a rcu::Guard) -> Option<ArcBorrow<'a, T>> {
         let ptr = self.ptr.load(Acquire);
         if ptr.is_null() {
             return None;
@@ -56,7 +56,7 @@ impl<T> RcuArc<T> {
     /// Puts `new` in place and returns what was there, when no reader borrows it any more.
     ///
     /// Sleeps if there was something. Must not be called with the RCU read side held.
-    pub(crate) fn replace(&self, new: Option<Arc<T>>) -> Option<Arc<T>> {
+    pub fn replace(&self, new: Option<Arc<T>>) -> Option<Arc<T>> {
         let new = new.map_or(core::ptr::null_mut(), |arc| Arc::into_raw(arc).cast_mut());
 
         // INVARIANT: `new` is null or owns a reference.
@@ -72,7 +72,7 @@ impl<T> RcuArc<T> {
     }
 
     /// As [`RcuArc::replace`], but only if the place is free; gives `new` back otherwise.
-    pub(crate) fn fill(&self, new: Arc<T>) -> core::result::Result<(), Arc<T>> {
+    pub fn fill(&self, new: Arc<T>) -> core::result::Result<(), Arc<T>> {
         let ptr = Arc::into_raw(new).cast_mut();
 
         // INVARIANT: `ptr` owns a reference.

@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: GPL-2.0
 
-//! Counters of a channel. Some are files in sysfs, with the names that are given here.
+//! Counters of a channel, and of the host's mistakes. Some are files in sysfs, with the names that
+//! are given here; the others are in `vmbus_drv/counters` in debugfs.
 
 use kernel::sync::atomic::{
     Atomic,
@@ -10,18 +11,49 @@ use kernel::sync::atomic::{
 /// A counter.
 pub struct Counter(Atomic<u64>);
 
+impl Default for Counter {
+    fn default() -> Self {
+        Self::new()
+    }
+}
+
 impl Counter {
-    const fn new() -> Self {
+    /// A counter that is zero.
+    pub const fn new() -> Self {
         Self(Atomic::new(0))
     }
 
-    pub(crate) fn count(&self) {
+    /// Counts one more. Any context.
+    pub fn count(&self) {
         self.0.add(1, Relaxed);
     }
 
     /// The count.
     pub fn get(&self) -> u64 {
         self.0.load(Relaxed)
+    }
+}
+
+/// What the host did wrong on a connection.
+pub(crate) struct Mistakes {
+    /// Messages that make no sense.
+    pub(crate) invalid: Counter,
+    /// Messages at a wrong time, and answers to no question.
+    pub(crate) unexpected: Counter,
+    /// Offers that contradict what the guest has.
+    pub(crate) refused_offers: Counter,
+    /// Rescinds of channels that the guest does not have.
+    pub(crate) unknown_rescinds: Counter,
+}
+
+impl Mistakes {
+    pub(crate) const fn new() -> Self {
+        Self {
+            invalid: Counter::new(),
+            unexpected: Counter::new(),
+            refused_offers: Counter::new(),
+            unknown_rescinds: Counter::new(),
+        }
     }
 }
 

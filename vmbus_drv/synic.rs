@@ -35,8 +35,7 @@ use kernel::{
             Full, //
         },
         barrier, //
-    },
-    time::Delta, //
+    }, //
 };
 use zerocopy::{
     FromZeros,
@@ -126,13 +125,12 @@ impl Synic {
         }
     }
 
-    /// Whether an event flag of a channel is set that nobody took yet.
-    pub(crate) fn has_events(&self) -> bool {
-        (0..MAX_CHANNELS / WORD_BITS).any(|index| {
-            // Flag 0 is no channel's.
-            let ours = if index == 0 { !1 } else { !0 };
+    /// Whether an event flag up to number `highest` is set that nobody took yet.
+    pub(crate) fn has_events(&self, highest: u32) -> bool {
+        let highest = (highest as usize).min(MAX_CHANNELS.saturating_sub(1));
+        (0..=highest / WORD_BITS).any(|index| {
             self.event_word(index)
-                .is_some_and(|word| word.load(Acquire) & ours != 0)
+                .is_some_and(|word| word.load(Acquire) != 0)
         })
     }
 
@@ -181,17 +179,5 @@ impl Synic {
         {
             hypercall::write_register(MSR_EOM, 0);
         }
-    }
-
-    /// Waits a little for the interrupt handler to take the event flags that are set. Returns
-    /// whether it did.
-    pub(crate) fn wait_for_events(&self) -> bool {
-        for _ in 0..4 {
-            if !self.has_events() {
-                return true;
-            }
-            kernel::time::delay::fsleep(Delta::from_millis(10));
-        }
-        !self.has_events()
     }
 }

@@ -20,7 +20,7 @@
 //! files that wrap a facility of the kernel for which there is no safe Rust yet are the only ones
 //! with `unsafe`: `bus`, `cpu`, `device`, `driver`, `exit`, `hypercall`, `log`, `memory`, `queue`,
 //! `rcu`, `sysfs`, `wait`. The other ones are logic: `attributes`, `channel`, `connection`,
-//! `platform`, `request`, `stats`, `synic`.
+//! `ic`, `platform`, `request`, `slots`, `stats`, `synic`.
 //!
 //! What the host writes is copied once, checked, and then used. No number of it reaches an
 //! index or an arithmetic operation that could panic, no wait for it is without end, and no
@@ -37,6 +37,7 @@ mod device;
 mod driver;
 mod exit;
 mod hypercall;
+pub mod ic;
 mod log;
 mod memory;
 mod platform;
@@ -44,6 +45,7 @@ mod queue;
 mod raw;
 mod rcu;
 mod request;
+mod slots;
 mod stats;
 mod synic;
 mod sysfs;
@@ -68,9 +70,14 @@ pub use self::{
         Driver,
         IdTable, //
     },
-    log::Show,
+    log::{
+        is_allowed as may_log,
+        Show, //
+    },
     memory::SharedBuffer,
     queue::OwnedQueue,
+    rcu::RcuArc,
+    slots::RequestSlots,
     stats::{
         Counter,
         Stats, //

@@ -14,9 +14,12 @@ pub enum ReadMode {
     Batched,
     /// The same without masking. For devices that send a message now and then.
     Direct,
-    /// [`Handler::on_interrupt`] in hard interrupt context. The driver calls [`Channel::poll`]
-    /// later, from softirq context (NAPI), until that says that the ring is empty; there is no
-    /// other signal before that.
+    /// [`Handler::on_interrupt`] in hard interrupt context, with the host's signals masked. The
+    /// driver calls [`Channel::poll`] later, from softirq context (NAPI), until that says that the
+    /// ring is empty; there is no other signal before that.
+    ///
+    /// The host may signal before [`Channel::open`] has returned, so whatever polls must be ready
+    /// before that.
     Isr,
 }
 
@@ -43,19 +46,21 @@ pub trait Handler: Send + Sync + 'static {
     /// A packet has come. It is a private copy, and its lengths have been checked; what is in the
     /// payload has not.
     ///
-    /// Softirq context; must not sleep.
-    fn on_packet(&self, channel: &Channel, packet: &Packet<'_>);
+    /// Softirq context; must not sleep. Not called in [`ReadMode::Isr`].
+    fn on_packet(&self, channel: &Channel, packet: &Packet<'_>) {
+        let _ = (channel, packet);
+    }
 
     /// There is room in the ring again, after [`Channel::request_send_interrupt`].
     ///
-    /// Softirq context; must not sleep.
+    /// Softirq context; must not sleep. In [`ReadMode::Isr`], [`Channel::poll`] calls it.
     fn on_send_space(&self, channel: &Channel) {
         let _ = channel;
     }
 
     /// The host has signalled the channel ([`ReadMode::Isr`] only).
     ///
-    /// Hard interrupt context.
+    /// Hard interrupt context, or softirq context after the channel has changed its CPU.
     fn on_interrupt(&self, channel: &Channel) {
         let _ = channel;
     }
@@ -91,4 +96,13 @@ pub trait SubchannelHandler: Send + Sync + 'static {
     ///
     /// Process context, may sleep and may open the channel.
     fn on_subchannel(&self, channel: Arc<Channel>);
+
+    /// The host has taken a sub-channel away for which [`on_subchannel`](Self::on_subchannel) was
+    /// called. Its [`Handler::on_rescind`] has run.
+    ///
+    /// Process context, may sleep. The driver should drop the channel's [`OpenChannel`] here, not
+    /// only when the device goes: the host cannot use the id again before that.
+    fn on_subchannel_gone(&self, channel: &Channel) {
+        let _ = channel;
+    }
 }

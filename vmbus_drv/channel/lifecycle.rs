@@ -107,11 +107,7 @@ impl Channel {
                 self.notify();
             }
             self.remove_directory();
-            primary
-                .subchannels
-                .lock()
-                .list
-                .retain(|other| !Arc::ptr_eq(other, self));
+            self.withdraw(primary);
             self.release();
             return;
         }
@@ -189,6 +185,20 @@ impl Channel {
             };
             channel.announced.store(true, Relaxed);
             handler.on_subchannel(channel);
+        }
+    }
+
+    /// Takes a sub-channel out of the list, and tells the driver if that knows it.
+    fn withdraw(self: &Arc<Self>, primary: &Channel) {
+        let _announcing = primary.announcing.lock();
+        let mut subchannels = primary.subchannels.lock();
+        subchannels.list.retain(|other| !Arc::ptr_eq(other, self));
+        let handler = subchannels.handler.clone();
+        drop(subchannels);
+        if self.announced.xchg(false, Relaxed) {
+            if let Some(handler) = handler {
+                handler.on_subchannel_gone(self);
+            }
         }
     }
 

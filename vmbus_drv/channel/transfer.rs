@@ -23,6 +23,7 @@ use crate::{
 use hv_proto::{
     packet::{
         Header,
+        Packet,
         PageRange, //
     },
     ring::{
@@ -171,7 +172,16 @@ impl Channel {
     /// `EAGAIN` if there is no room now, `EMSGSIZE` if there never is, `ENODEV` if the channel is
     /// not open or was rescinded, `EIO` if the host has damaged the ring. Nothing was sent.
     pub fn send(&self, payload: &[u8], request_id: u64, completion: bool) -> Result {
-        self.send_with(|ring| ring.write(Header::in_band(request_id, completion), &[payload]))
+        self.send_parts(&[payload], request_id, completion)
+    }
+
+    /// As [`Channel::send`], with a payload of several parts that follow each other.
+    ///
+    /// # Errors
+    ///
+    /// As [`Channel::send`].
+    pub fn send_parts(&self, payload: &[&[u8]], request_id: u64, completion: bool) -> Result {
+        self.send_with(|ring| ring.write(Header::in_band(request_id, completion), payload))
     }
 
     /// Sends a packet with a range of guest memory that the host may read and write until it has
@@ -342,10 +352,7 @@ impl Channel {
             return;
         };
         match opened.mode {
-            ReadMode::Isr => {
-                opened.rings.incoming.store(Field::InterruptMask, 1);
-                opened.handler.on_interrupt(&this);
-            }
+            ReadMode::Isr => this.interrupt_driver(&opened),
             ReadMode::Batched => {
                 opened.rings.incoming.store(Field::InterruptMask, 1);
                 Arc::from(this).schedule_receive();
@@ -354,6 +361,13 @@ impl Channel {
         }
     }
 
+    /// Tells a driver that polls. Any context in which the RCU read side is held.
+    fn interrupt_driver(&self, opened: &Opened) {
+        opened.rings.incoming.store(Field::InterruptMask, 1);
+        opened.handler.on_interrupt(self);
+    }
+
+    /// Looks for packets as if the host had signalled.
     pub(super) fn schedule_receive(self: Arc<Self>) {
         let queues = self.connection.queues().clone();
         // If it is queued already, it will see what there is now.
@@ -366,44 +380,70 @@ impl Channel {
         let Some(opened) = self.opened.get(&guard) else {
             return false;
         };
-        let more = self.receive_some(&opened, BUDGET).1;
+        if opened.mode == ReadMode::Isr {
+            self.interrupt_driver(&opened);
+            return false;
+        }
+        let more = self
+            .receive_some(&opened, BUDGET, |packet| {
+                opened.handler.on_packet(self, packet);
+                1
+            })
+            .1;
         self.check_send_space(&opened);
         more
     }
 
-    /// Handles up to `budget` packets with [`Handler::on_packet`] ([`ReadMode::Isr`] only) and
-    /// returns how many there were. If there are fewer than `budget`, the host signals the next
-    /// one.
+    /// Reads packets ([`ReadMode::Isr`] only) and calls `each` for them, until the ring is empty or
+    /// `budget` is used up. `each` returns how much of the budget the packet took; it is taken as at
+    /// least 1, so that no packet is free.
     ///
-    /// Softirq context (NAPI).
-    pub fn poll(&self, budget: usize) -> usize {
+    /// Returns what was used. If that is less than `budget`, the ring is empty and the host signals
+    /// the next packet ([`Handler::on_interrupt`]), possibly before this returns. If it is
+    /// `budget`, the driver must call again: there is no signal. It is never more.
+    ///
+    /// A packet is a private copy, as for [`Handler::on_packet`].
+    ///
+    /// Softirq context (NAPI), one caller at a time.
+    pub fn poll(&self, budget: usize, each: &mut dyn FnMut(&Packet<'_>) -> usize) -> usize {
         let guard = rcu::read_lock();
         let Some(opened) = self.opened.get(&guard) else {
             return 0;
         };
-        let done = self.receive_some(&opened, budget).0;
+        let (done, more) = self.receive_some(&opened, budget, each);
         self.check_send_space(&opened);
-        done
+        if more {
+            budget
+        } else {
+            done
+        }
     }
 
-    /// Returns the number of packets, and whether there may be more.
-    fn receive_some(&self, opened: &Opened, budget: usize) -> (usize, bool) {
+    /// Returns what was used of the budget, and whether there may be more packets.
+    fn receive_some(
+        &self,
+        opened: &Opened,
+        budget: usize,
+        mut each: impl FnMut(&Packet<'_>) -> usize,
+    ) -> (usize, bool) {
         // Somebody who has it is at work, and will see everything that came before.
         let Some(mut receiver) = opened.receiver.try_lock() else {
             return (0, true);
         };
         let Receiver { ring, buf } = &mut *receiver;
         let mut done = 0usize;
+        let mut uncommitted = 0usize;
         if opened.broken.load(Relaxed) {
             return (0, false);
         }
         while done < budget {
             match ring.read(buf) {
                 Ok(Some(packet)) => {
-                    done = done.saturating_add(1);
                     self.stats.received.count();
-                    opened.handler.on_packet(self, &packet);
-                    if done % COMMIT_EVERY == 0 {
+                    done = done.saturating_add(each(&packet).max(1));
+                    uncommitted = uncommitted.saturating_add(1);
+                    if uncommitted >= COMMIT_EVERY {
+                        uncommitted = 0;
                         self.signal_space(ring.commit());
                     }
                 }
