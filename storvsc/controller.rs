@@ -4,6 +4,8 @@
 //!
 //! Nothing in here is shared between controllers.
 
+mod recovery;
+
 use crate::{
     control::{
         self,
@@ -26,6 +28,7 @@ use crate::{
         Path,
         Paths, //
     },
+    presence::Presence,
     scsi::{
         self,
         Busy,
@@ -39,8 +42,7 @@ use crate::{
         QueueMap,
         ResetOutcome,
         TimedOut,
-        TimeoutAction,
-        UniqueTag, //
+        TimeoutAction, //
     }, //
 };
 use hv_proto::{
@@ -66,7 +68,6 @@ use hv_proto::{
         ScsiRequest,
         SentCommand,
         SrbCode,
-        Status,
         Version,
         VstorPacket,
         PACKET_SIZE, //
@@ -80,20 +81,12 @@ use kernel::{
     prelude::*,
     sync::{
         aref::ARef,
-        atomic::{
-            Atomic,
-            Relaxed, //
-        },
         Arc,
         ArcBorrow,
         SetOnce,
         SpinLockIrq, //
     },
-    time::{
-        delay::fsleep,
-        msecs_to_jiffies,
-        Delta, //
-    },
+    time::msecs_to_jiffies,
     workqueue::{
         Work,
         WorkItem, //
@@ -109,13 +102,6 @@ const COMMAND_TIME: u32 = 60;
 
 /// Time that a unit is given to say whether it is ready, in milliseconds.
 const CHECK_TIME: u32 = 30_000;
-
-/// How long answers may be on their way after a reset, in milliseconds.
-const DRAIN_TIME: u32 = 5_000;
-
-/// Time between two looks at whether all commands have been answered after a reset.
-const DRAIN_STEP: Delta = Delta::from_millis(10);
-const DRAIN_STEP_MS: u32 = 10;
 
 /// An answer of the host to a command: `None` if it cannot be understood.
 type Answer = Option<VstorPacket>;
@@ -137,9 +123,7 @@ pub(crate) struct Controller {
     #[pin]
     control: Control,
     io: SetOnce<Io>,
-    /// The host has not answered a reset, nor sent anything since. It is not asked for anything else
-    /// then, so that not every command has to wait for all the time that the host could have.
-    silent: Atomic<bool>,
+    presence: Presence,
     host: SetOnce<Host<Controller>>,
     #[pin]
     limit: Limit,
@@ -179,7 +163,7 @@ impl Controller {
                 paths <- Paths::new(primary, subchannels),
                 control <- Control::new(),
                 io: SetOnce::new(),
-                silent: Atomic::new(false),
+                presence: Presence::new(),
                 host: SetOnce::new(),
                 limit <- Limit::new(),
                 pending <- new_spinlock_irq!(Pending::NONE, "storvsc_pending"),
@@ -250,10 +234,6 @@ impl Controller {
 
     /// A packet has come on channel `index`. Softirq context.
     pub(crate) fn packet(self: ArcBorrow<'_, Self>, index: u16, packet: &Packet<'_>) {
-        if self.silent.load(Relaxed) {
-            self.silent.store(false, Relaxed);
-            dev_info!(self.dev, "the host is back\n");
-        }
         let known = match packet.packet_type() {
             PacketType::COMPLETION => {
                 self.completion(index, packet.transaction_id(), packet.payload())
@@ -270,6 +250,12 @@ impl Controller {
             },
             _ => false,
         };
+        if self.presence.heard() {
+            dev_info!(
+                self.dev,
+                "the host is back; disks that went offline meanwhile stay so until their state is set\n"
+            );
+        }
         if !known {
             self.paths.count_unknown(index);
             if self.limit.allows() {
@@ -468,7 +454,7 @@ impl Controller {
 
     /// Sends a command, and takes it over; gives it back if it must wait.
     fn queue(self: ArcBorrow<'_, Self>, mut cmd: Command<Self>) -> Result<(), Busy<Self>> {
-        let Some(io) = self.io.as_ref().filter(|_| !self.silent.load(Relaxed)) else {
+        let Some(io) = self.io.as_ref() else {
             cmd.complete(Outcome::failed(HostByte::NO_CONNECT));
             return Ok(());
         };
@@ -503,10 +489,12 @@ impl Controller {
         let Some(id) = io.table.begin(tag, index) else {
             return Err(Busy(cmd));
         };
-        // The order matters: who declares a channel dead says so first, and then ends the commands in
-        // the table. Either it sees this command there, or this sees what it says.
-        let sent = if path.is_dead() {
+        // The order matters: who declares a channel or the host dead says so first, and then ends the
+        // commands in the table. Either it sees this command there, or this sees what it says.
+        let sent = if path.is_dead() || self.paths.is_gone() {
             Err(ENODEV)
+        } else if self.presence.is_silent() {
+            Err(ETIMEDOUT)
         } else {
             Self::send(path, &cmd, packet.bytes(io.version), start, id.to_wire())
         };
@@ -526,6 +514,8 @@ impl Controller {
                     return Err(Busy(cmd));
                 } else if e == EMSGSIZE || e == EINVAL {
                     cmd.complete(Outcome::failed(HostByte::ERROR));
+                } else if e == ETIMEDOUT {
+                    cmd.complete(Outcome::failed(HostByte::NO_CONNECT));
                 } else {
                     // The channel is gone or damaged. There may be another one.
                     self.paths.set_dead(index);
@@ -538,67 +528,6 @@ impl Controller {
                 }
                 Ok(())
             }
-        }
-    }
-
-    /// Waits until the host has answered all commands, but not for long.
-    fn drain(&self, io: &Io) {
-        let mut left = DRAIN_TIME;
-        while left > DRAIN_STEP_MS && io.table.count() != 0 {
-            left -= DRAIN_STEP_MS;
-            fsleep(DRAIN_STEP);
-        }
-    }
-
-    fn timed_out(&self, tag: UniqueTag) -> TimeoutAction {
-        let Some(io) = self.io.as_ref() else {
-            return TimeoutAction::NotHandled;
-        };
-        if io.table.extend(tag, params::timeout_extensions()) {
-            if self.limit.allows() {
-                dev_warn!(self.dev, "tag#{} has no answer yet, waiting on\n", tag.tag);
-            }
-            return TimeoutAction::ResetTimer;
-        }
-        if io.table.abandon(tag) {
-            TimeoutAction::NotHandled
-        } else {
-            TimeoutAction::ResetTimer
-        }
-    }
-
-    fn reset(&self) -> ResetOutcome {
-        let Some(io) = self.io.as_ref() else {
-            return ResetOutcome::Failed;
-        };
-        let packet = VstorPacket::request(Operation::RESET_BUS);
-        let timeout = params::host_timeout();
-        let primary = self.paths.primary();
-        let done = if self.paths.is_gone() {
-            false
-        } else {
-            dev_warn!(self.dev, "resetting the controller\n");
-            self.control
-                .execute(primary, &packet, timeout)
-                .ok()
-                .and_then(|reply| VstorPacket::parse(reply.payload(), PACKET_SIZE).ok())
-                .is_some_and(|answer| {
-                    answer.operation == Operation::COMPLETE_IO && answer.status == Status::SUCCESS
-                })
-        };
-        if done {
-            // The host has ended all commands; the answers may be on their way still.
-            self.silent.store(false, Relaxed);
-            self.drain(io);
-            io.table.fail(None, HostByte::RESET);
-            ResetOutcome::Done
-        } else {
-            dev_err!(
-                self.dev,
-                "the host does not answer; giving up on all commands\n"
-            );
-            io.table.fail(None, HostByte::NO_CONNECT);
-            ResetOutcome::Failed
         }
     }
 }

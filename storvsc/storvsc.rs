@@ -8,7 +8,7 @@
 //!
 //! * [`controller`]: commands on their way out and back, timeouts and resets, units that come and go;
 //! * [`inflight`]: the commands that the host has;
-//! * [`paths`]: the channels, and which one a command takes;
+//! * [`paths`]: the channels, and which one a command takes; [`presence`]: whether the host is there;
 //! * [`control`]: the driver's own requests; [`luns`]: what waits to be done about units;
 //! * [`scsi`]: the abstraction of the kernel's SCSI host interface; `unsafe` code is only there and in
 //!   [`params`], the module parameters.
@@ -18,7 +18,13 @@
 //! What a user can rely on: every command that is given to this driver ends, once, with the host's
 //! answer or with an error. Time limits: a command has `request_timeout` seconds, `1 +
 //! timeout_extensions` times; then the controller is reset, for which the host has `host_timeout`
-//! seconds; then all commands fail. A controller that is rescinded fails them at once.
+//! seconds; then all commands fail, and later ones at once, until the host sends something again. A
+//! controller that is rescinded fails them at once. Disks whose commands failed so are offline for the
+//! kernel; when the host is back, `echo running > /sys/block/sdX/device/state` brings them back.
+//!
+//! What the driver cannot do: keep a host that was given up on from finishing an old read into memory
+//! that has another use by then. Whoever expects a host to be away for longer than the times above
+//! sets `timeout_extensions` higher.
 //!
 //! Fibre Channel adapters are not supported.
 //!
@@ -34,6 +40,7 @@ mod log;
 mod luns;
 mod params;
 mod paths;
+mod presence;
 mod raw;
 mod scsi;
 
@@ -317,7 +324,8 @@ impl Binding {
     }
 
     fn limits(kind: Kind, agreed: &Negotiated, cpus: u32) -> Limits {
-        let in_ring = (params::ring_bytes() - RING_HEADER) / request_bytes(TYPICAL_PAGES);
+        let in_ring =
+            params::ring_bytes().saturating_sub(RING_HEADER) / request_bytes(TYPICAL_PAGES);
         let expected_channels = match kind {
             Kind::Scsi => 1 + cpus.saturating_sub(1) / params::cpus_per_subchannel(),
             Kind::Ide { .. } => 1,
@@ -325,7 +333,7 @@ impl Binding {
         // The block layer's own limit is 10240.
         let can_queue = (in_ring as u64)
             .saturating_mul(expected_channels.into())
-            .saturating_mul(u64::from(100 - params::ring_low_water()))
+            .saturating_mul(u64::from(100_u32.saturating_sub(params::ring_low_water())))
             / 100;
         let can_queue = u16::try_from(can_queue.clamp(1, 10_240)).unwrap_or(1);
         Limits {
@@ -337,9 +345,10 @@ impl Binding {
 
     fn host_params(kind: Kind, agreed: &Negotiated, limits: &Limits) -> HostParams {
         // A request must fit the ring with something to spare.
-        let room = (params::ring_bytes() - RING_HEADER) / 2 - request_bytes(0);
+        let room =
+            (params::ring_bytes().saturating_sub(RING_HEADER) / 2).saturating_sub(request_bytes(0));
         let pages = (agreed.max_transfer_bytes / hv_proto::PAGE_SIZE as u32)
-            .min(u32::try_from(room / 8 - 1).unwrap_or(u32::MAX))
+            .min(u32::try_from((room / 8).saturating_sub(1)).unwrap_or(u32::MAX))
             .min(u32::from(u16::MAX) - 1);
         let (channels, targets, luns) = match kind {
             Kind::Scsi => (8, 2, 255),
