@@ -1,0 +1,6 @@
+/* SPDX-License-Identifier: GPL-2.0 */
+/* Input of bindgen: C declarations that the kernel's own bindings do not have. */
+#include <linux/hid.h>
+#include <linux/input.h>
+#include <linux/serio.h>
+#include "helpers.h"

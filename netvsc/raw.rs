@@ -1,0 +1,32 @@
+// SPDX-License-Identifier: GPL-2.0
+
+//! C declarations of the network interface, made by bindgen from `bindings_helper.h`.
+//!
+//! Only `net/` (the abstraction over these) and `params.rs` may name anything of this module.
+//! Types that the kernel's own bindings define in full come from there, so that there is one Rust
+//! type for each C type.
+
+#![allow(
+    clippy::all,
+    clippy::cast_lossless,
+    clippy::ptr_as_ptr,
+    clippy::ref_as_ptr,
+    clippy::undocumented_unsafe_blocks,
+    dead_code,
+    improper_ctypes,
+    missing_docs,
+    non_camel_case_types,
+    non_snake_case,
+    non_upper_case_globals,
+    unreachable_pub,
+    unsafe_op_in_unsafe_fn,
+    reason = "generated from C"
+)]
+
+use kernel::{
+    bindings::*,
+    ffi, //
+};
+use pin_init::MaybeZeroable;
+
+include!(env!("NETVSC_BINDINGS"));

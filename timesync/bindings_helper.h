@@ -1,0 +1,5 @@
+/* SPDX-License-Identifier: GPL-2.0 */
+/* Input of bindgen: C declarations that the kernel's own bindings do not have. */
+#include <linux/ptp_clock_kernel.h>
+#include <linux/timekeeping.h>
+#include "helpers.h"
