@@ -7,6 +7,7 @@ use std::str::FromStr;
 
 use clap::{ArgAction, Args, Parser, Subcommand, ValueEnum};
 use host_harness::disk::DiskOptions;
+use host_harness::net::NetOptions;
 use host_harness::vm::MAX_CPUS;
 use host_harness::vm::serial::SerialOption;
 use hv_proto::version::Version;
@@ -27,6 +28,9 @@ pub enum Command {
     /// Run a virtual machine until it ends
     #[command(after_help = AFTER_HELP)]
     Run(RunArgs),
+    /// Ask a running host for something, or have it do something, through its control API
+    #[command(after_help = CTL_AFTER_HELP)]
+    Ctl(CtlArgs),
 }
 
 const AFTER_HELP: &str = "\
@@ -56,6 +60,20 @@ Disks (--disk):
             512 or 4096; a power of two [default: of the format]
   fault     read:FIRST-LAST, write:FIRST-LAST or all:FIRST-LAST: these blocks
             give media errors. A testing aid; may be repeated
+
+NICs (--net):
+  tap       a TAP of this machine; it is made if there is none and you may
+  passt     user-mode networking by the program passt (Debian package passt):
+            DHCP and outgoing connections, without privileges
+  mac       the guest's address [default: made from the NIC's number]
+  mtu       the MTU that the guest begins with, 576 to 65521 [default: 1500]
+  queues    most channels, 1 to 64 [default: one a processor, 8 at most]
+  link      off: the cable is not in
+  pcap      a file for what crosses this NIC alone
+  id        a name for the NIC [default: net0, net1, ...]
+  tcp_ports, udp_ports
+            with passt: ports of this machine that lead to the guest, as
+            passt(1) has them, such as 2222:22; a comma is written twice
 
 Keys on a terminal (--serial stdio):
   Ctrl-A x       end the virtual machine
@@ -115,6 +133,17 @@ pub struct RunArgs {
           conflicts_with = "no_vmbus")]
     pub disk: Vec<DiskOptions>,
 
+    /// A NIC:
+    /// tap=NAME|passt[=PROGRAM][,mac=ADDRESS][,mtu=N][,queues=N][,link=on|off][,pcap=FILE]
+    /// [,id=NAME][,tcp_ports=SPEC][,udp_ports=SPEC]; see below. May be repeated
+    #[arg(long, value_name = "KEY=VALUE,...", action = ArgAction::Append,
+          conflicts_with = "no_vmbus")]
+    pub net: Vec<NetOptions>,
+
+    /// Write what crosses all NICs to FILE as pcapng, for Wireshark and tshark
+    #[arg(long, value_name = "FILE", requires = "net")]
+    pub pcap: Option<PathBuf>,
+
     /// Number of SCSI controllers that are there even without disks
     #[arg(long, value_name = "N", default_value_t = 1,
           value_parser = clap::value_parser!(u8).range(0..=4))]
@@ -151,9 +180,209 @@ pub struct RunArgs {
     #[arg(long, value_name = "FILE")]
     pub trace: Option<PathBuf>,
 
+    /// Listen on a Unix socket for the control API; see `host-harness ctl --help`
+    #[arg(long, value_name = "PATH")]
+    pub api: Option<PathBuf>,
+
     /// At the end, write the counters of the machine and its channels to FILE as JSON
     #[arg(long, value_name = "FILE")]
     pub counters: Option<PathBuf>,
+}
+
+const CTL_AFTER_HELP: &str = "\
+The result is JSON on standard output.
+
+Exit status:
+  0  done
+  1  the host refused, or did not answer
+  2  a bad option, or no host listens at PATH
+
+Example:
+  host-harness ctl --api /run/vm.sock disk add path=data.qcow2,id=data";
+
+/// Options of `ctl`.
+#[derive(Debug, Args)]
+pub struct CtlArgs {
+    /// The socket that the host was given with --api
+    #[arg(long, value_name = "PATH")]
+    pub api: PathBuf,
+
+    /// What to do
+    #[command(subcommand)]
+    pub verb: Verb,
+}
+
+/// The verbs of `ctl`.
+#[derive(Debug, Subcommand)]
+pub enum Verb {
+    /// Show the machine, its devices and what they have negotiated
+    Status,
+    /// Show counts: exits by reason, and packets, signals and interrupts per channel
+    Stats,
+    /// Follow what happens, a line for each event, until the host ends
+    Events,
+    /// End the machine at once, as if the plug was pulled
+    PowerOff,
+    /// Stop all processors
+    Pause,
+    /// Let the processors go on
+    Resume,
+    /// Ask the guest to switch itself off
+    Shutdown(EndArgs),
+    /// Ask the guest to restart
+    Reboot(EndArgs),
+    /// Ask the guest to save its memory and switch itself off
+    Hibernate(EndArgs),
+    /// Type a text on the keyboard
+    Type {
+        /// The text, for a US keyboard; $'...' of the shell helps with Enter (\n), Tab and Escape
+        text: String,
+        #[command(flatten)]
+        device: DeviceArg,
+    },
+    /// Use keys
+    Key {
+        /// A key, or several that are pressed together: a, enter, ctrl-alt-delete, 0x1e, e0:0x48
+        keys: String,
+        /// Press them down, and leave them so
+        #[arg(long, conflicts_with = "up")]
+        down: bool,
+        /// Let them up
+        #[arg(long)]
+        up: bool,
+        #[command(flatten)]
+        device: DeviceArg,
+    },
+    /// Move the mouse, use its buttons and wheels: sends one report
+    Mouse {
+        /// Where to: 0 (left) to 32767 [default: where it is]
+        #[arg(long)]
+        x: Option<u16>,
+        /// 0 (top) to 32767
+        #[arg(long)]
+        y: Option<u16>,
+        /// The buttons that are down, or none [default: those that are down already]
+        #[arg(long, value_name = "BUTTON,...", value_delimiter = ',')]
+        buttons: Option<Vec<ButtonArg>>,
+        /// Turns of the wheel away from the user
+        #[arg(long, value_name = "N", default_value_t = 0, allow_negative_numbers = true,
+              value_parser = clap::value_parser!(i8).range(-127..))]
+        wheel: i8,
+        /// Turns of the wheel to the right
+        #[arg(long, value_name = "N", default_value_t = 0, allow_negative_numbers = true,
+              value_parser = clap::value_parser!(i8).range(-127..))]
+        pan: i8,
+        #[command(flatten)]
+        device: DeviceArg,
+    },
+    /// Tell the guest the time
+    Time {
+        /// What it shall do with it
+        kind: TimeKindArg,
+        /// Milliseconds that are added to the host's time, now and from now on: a testing aid
+        #[arg(
+            long,
+            value_name = "MS",
+            default_value_t = 0,
+            allow_negative_numbers = true
+        )]
+        offset: i64,
+        #[command(flatten)]
+        device: DeviceArg,
+    },
+    /// Put a device back on the bus that was rescinded
+    Offer {
+        /// Its name
+        device: String,
+    },
+    /// Take a device off the bus, with what is attached to it
+    Rescind {
+        /// Its name, as `status` shows it
+        device: String,
+    },
+    /// Work on the disks
+    #[command(subcommand)]
+    Disk(DiskVerb),
+}
+
+/// Options of the verbs that ask the guest to end.
+#[derive(Debug, Args)]
+pub struct EndArgs {
+    /// Also if programs in the guest object
+    #[arg(long)]
+    pub force: bool,
+    /// How long programs in the guest may take
+    #[arg(long, value_name = "SECONDS", default_value_t = 0)]
+    pub timeout: u32,
+    /// A text for the guest's users
+    #[arg(
+        long,
+        value_name = "TEXT",
+        default_value = "",
+        hide_default_value = true
+    )]
+    pub message: String,
+    #[command(flatten)]
+    pub device: DeviceArg,
+}
+
+/// Which device, if there are several of a kind.
+#[derive(Debug, Args)]
+pub struct DeviceArg {
+    /// Name of the device [default: the first of its kind]
+    #[arg(long = "device", value_name = "NAME")]
+    pub name: Option<String>,
+}
+
+/// Buttons of the mouse.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub enum ButtonArg {
+    /// No button is down.
+    None,
+    /// Left.
+    Left,
+    /// Right.
+    Right,
+    /// The wheel.
+    Middle,
+    /// At the side, "back".
+    Side,
+    /// At the side, "forward".
+    Extra,
+}
+
+/// What a guest does with the time that it is told.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub enum TimeKindArg {
+    /// Set its clock.
+    Sync,
+    /// Use it as one of many samples.
+    Sample,
+    /// Nothing: only the way is measured.
+    Probe,
+}
+
+/// The verbs of `ctl disk`.
+#[derive(Debug, Subcommand)]
+pub enum DiskVerb {
+    /// Attach a disk; shows its name
+    Add {
+        /// As after `run --disk`
+        #[arg(value_name = "KEY=VALUE,...", value_parser = here)]
+        options: String,
+    },
+    /// Take a disk away, as if it was pulled out
+    Remove {
+        /// Its name
+        disk: String,
+    },
+    /// Change a disk's size
+    Resize {
+        /// Its name
+        disk: String,
+        /// The new size: a number with K, M, G or T behind it; without a letter it counts MiB
+        size: MemorySize,
+    },
 }
 
 /// What to do when the guest reports a crash.
@@ -163,6 +392,12 @@ pub enum OnCrash {
     End,
     /// Let the guest go on.
     Continue,
+}
+
+/// A disk as it is described to a host that may run elsewhere: paths begin here.
+fn here(text: &str) -> Result<String, String> {
+    let directory = std::env::current_dir().map_err(|error| error.to_string())?;
+    DiskOptions::absolute(text, &directory).map_err(|error| error.to_string())
 }
 
 /// A size of memory in bytes.
@@ -220,6 +455,7 @@ mod tests {
         let args = ["host-harness", "run"].iter().chain(args);
         Cli::try_parse_from(args).map(|cli| match cli.command {
             Command::Run(run) => run,
+            Command::Ctl(_) => unreachable!(),
         })
     }
 
@@ -230,7 +466,7 @@ mod tests {
 
     #[test]
     fn help_fits_a_terminal() {
-        for line in AFTER_HELP.lines() {
+        for line in AFTER_HELP.lines().chain(CTL_AFTER_HELP.lines()) {
             assert!(line.len() <= 80, "{line}");
         }
     }
@@ -243,6 +479,27 @@ mod tests {
         assert!(args.serial.is_empty() && !args.no_reboot);
         assert_eq!(args.vmbus_max_version, Version::V6_0);
         assert_eq!(args.on_crash, OnCrash::End);
+    }
+
+    #[test]
+    fn paths_of_hot_added_disks_begin_where_ctl_runs() {
+        let args = ["host-harness", "ctl", "--api", "s", "disk", "add"];
+        let add = |text| Cli::try_parse_from(args.iter().chain(&[text]));
+        let Ok(Cli {
+            command:
+                Command::Ctl(CtlArgs {
+                    verb: Verb::Disk(DiskVerb::Add { options }),
+                    ..
+                }),
+        }) = add("lun=1,path=a,,b.raw")
+        else {
+            panic!("not understood");
+        };
+        let here = std::env::current_dir().unwrap();
+        let want = here.join("a,b.raw");
+        assert!(options.starts_with("lun=1,path=/") && options.ends_with("/a,,b.raw"));
+        assert_eq!(options.parse::<DiskOptions>().unwrap().path, want);
+        assert!(add("lun=1").is_err());
     }
 
     #[test]

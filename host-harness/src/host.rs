@@ -4,16 +4,22 @@
 //! in the right order. For programs that run a guest, the binary and the tests among them. Uses
 //! every other module.
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Duration;
 
 use hv_proto::version::Version;
 
+use crate::api::ApiServer;
+use crate::control::Control;
 use crate::disk::DiskOptions;
-use crate::hypervisor::SynicPort;
+use crate::events::Events;
+use crate::hypervisor::{ReferenceClock, SynicPort};
+use crate::net::NetOptions;
 use crate::vm::{Vm, VmConfig, VmError, VmHandle};
 use crate::vmbus::{Server, ServerConfig, Trace};
+use crate::vsp::netvsp::{Network, NetworkError};
+use crate::vsp::services::{ServiceError, ServiceKind, Services};
 use crate::vsp::storvsp::{Storage, StorageConfig, StorageError};
 
 /// Why a host does not start.
@@ -25,10 +31,24 @@ pub enum HostError {
     /// Disks and controllers.
     #[error(transparent)]
     Storage(#[from] StorageError),
+    /// NICs and their networks.
+    #[error(transparent)]
+    Network(#[from] NetworkError),
+    /// Integration components and input devices.
+    #[error(transparent)]
+    Service(#[from] ServiceError),
     /// The trace file cannot be written.
     #[error("trace {}: {source}", path.display())]
     Trace {
         /// The file.
+        path: PathBuf,
+        /// Why.
+        source: std::io::Error,
+    },
+    /// The socket of the control API cannot be made.
+    #[error("api {}: {source}", path.display())]
+    Api {
+        /// The socket.
         path: PathBuf,
         /// Why.
         source: std::io::Error,
@@ -41,7 +61,8 @@ impl HostError {
     pub fn exit_status(&self) -> u8 {
         match self {
             Self::Vm(error) => error.exit_status(),
-            Self::Storage(_) | Self::Trace { .. } => 2,
+            Self::Storage(_) | Self::Network(_) | Self::Trace { .. } | Self::Api { .. } => 2,
+            Self::Service(_) => 1,
         }
     }
 }
@@ -63,11 +84,17 @@ pub struct HostConfig {
     pub storage: StorageConfig,
     /// The disks.
     pub disks: Vec<DiskOptions>,
+    /// The NICs.
+    pub nics: Vec<NetOptions>,
+    /// A capture of what crosses all NICs.
+    pub pcap: Option<PathBuf>,
+    /// Integration components and input devices.
+    pub services: Vec<ServiceKind>,
 }
 
 impl HostConfig {
     /// This machine with a bus of the newest version, one SCSI controller, as many sub-channels as
-    /// its processors can use, and no disks.
+    /// its processors can use, no disks, no NICs, and one of each of the other devices.
     pub fn new(vm: VmConfig) -> Self {
         let processors = u16::try_from(vm.cpus).unwrap_or(u16::MAX);
         let storage = StorageConfig {
@@ -81,28 +108,36 @@ impl HostConfig {
             trace: None,
             storage,
             disks: Vec::new(),
+            nics: Vec::new(),
+            pcap: None,
+            services: ServiceKind::all(),
         }
     }
 }
 
 /// A host that runs a guest. Dropping it ends the guest.
 ///
-/// The fields are dropped in their order: the processors stop first, the images close last.
+/// The fields are dropped in their order: the operator first, then the processors stop, and the
+/// images close last.
 pub struct Host {
+    api: Option<ApiServer>,
     vm: VmHandle,
-    server: Option<Arc<Server>>,
-    storage: Storage,
+    control: Arc<Control>,
 }
 
 impl Host {
     /// Puts the machine together and starts the guest.
     ///
     /// # Errors
-    /// Anything that [`HostError`] names. Bad images are reported before KVM is looked for.
+    /// Anything that [`HostError`] names. Bad images and networks are reported before KVM is looked for.
     pub fn start(config: HostConfig) -> Result<Self, HostError> {
         let storage = Storage::new(config.storage)?;
         for disk in &config.disks {
             storage.add_disk(disk)?;
+        }
+        let network = Network::new(config.vm.cpus, config.pcap.as_deref())?;
+        for nic in &config.nics {
+            network.add(nic)?;
         }
         let trace = match config.trace {
             Some(path) => match Trace::create(&path) {
@@ -111,8 +146,12 @@ impl Host {
             },
             None => None,
         };
+        let events = Events::default();
         let vp_count = config.vm.cpus;
         let mut vm = Vm::new(config.vm)?;
+        vm.set_events(events.clone());
+        let clock: Arc<dyn ReferenceClock> = vm.synic();
+        let services = Services::new(&config.services, &events, &clock);
         let mut server = None;
         if let Some(max_version) = config.vmbus {
             let synic: Arc<dyn SynicPort> = vm.synic();
@@ -122,18 +161,42 @@ impl Host {
                 vp_count,
                 trace,
                 monitor_latency,
+                events: events.clone(),
             };
             let bus = Server::new(vm.memory(), synic, config);
             vm.set_message_sink(bus.clone());
             storage.connect(&bus)?;
+            network.connect(&bus)?;
+            services.connect(&bus)?;
             server = Some(bus);
         }
         let vm = vm.start()?;
-        Ok(Self {
-            vm,
+        let control = Control {
+            vm: vm.control().clone(),
             server,
             storage,
+            network,
+            services,
+            events,
+        };
+        Ok(Self {
+            api: None,
+            vm,
+            control: Arc::new(control),
         })
+    }
+
+    /// Listens for the operator's calls on a Unix socket; see [`crate::api`].
+    ///
+    /// # Errors
+    /// The socket cannot be made.
+    pub fn listen(&mut self, path: &Path) -> Result<(), HostError> {
+        let server = ApiServer::start(path, self.control.clone());
+        self.api = Some(server.map_err(|source| HostError::Api {
+            path: path.into(),
+            source,
+        })?);
+        Ok(())
     }
 
     /// The machine.
@@ -143,24 +206,39 @@ impl Host {
 
     /// The bus.
     pub fn server(&self) -> Option<&Arc<Server>> {
-        self.server.as_ref()
+        self.control.server.as_ref()
     }
 
     /// The disks and their controllers.
     pub fn storage(&self) -> &Storage {
-        &self.storage
+        &self.control.storage
+    }
+
+    /// The NICs.
+    pub fn network(&self) -> &Network {
+        &self.control.network
+    }
+
+    /// Integration components and input devices.
+    pub fn services(&self) -> &Services {
+        &self.control.services
+    }
+
+    /// All that can be done with the host while it runs.
+    pub fn control(&self) -> &Arc<Control> {
+        &self.control
+    }
+
+    /// What happens in it.
+    pub fn events(&self) -> &Events {
+        &self.control.events
     }
 
     /// Ends the guest, its devices, and closes the images. False if a device did not stop in time.
     pub fn shutdown(self) -> bool {
-        let Self {
-            vm,
-            server,
-            storage,
-        } = self;
+        let Self { api, vm, control } = self;
+        drop(api);
         drop(vm);
-        let stopped = server.is_none_or(|server| server.shutdown());
-        drop(storage);
-        stopped
+        control.server.as_ref().is_none_or(|s| s.shutdown())
     }
 }

@@ -5,18 +5,26 @@
 //! and tests use the library directly.
 //!
 //! Layers, each of which uses only those above it in this list:
+//! - [`events`]: where what happens is published.
 //! - [`hypervisor`]: CPUID, SynIC and hypercalls, on KVM's own Hyper-V support; the traits by
 //!   which the VMBus server sees it.
 //! - [`vmbus`]: the VMBus server: connection, offers, channels, GPADLs, rings.
 //! - [`disk`], [`scsi`]: disk images and the SCSI target.
-//! - [`vsp`]: the service providers (storage).
+//! - [`net`]: what a NIC is connected to.
+//! - [`vsp`]: the service providers (storage, network, integration components, input).
 //! - [`vm`]: the virtual machine: memory, vCPUs, boot, ACPI, serial ports, power.
+//! - [`control`]: what an operator can do with a running host; [`api`]: the same over a socket.
 //! - [`host`]: all of it put together.
 
+pub mod api;
+pub mod control;
 pub mod counters;
 pub mod disk;
+pub mod events;
 pub mod host;
 pub mod hypervisor;
+mod key_values;
+pub mod net;
 pub mod scsi;
 pub mod vm;
 pub mod vmbus;

@@ -3,6 +3,7 @@
 //! The command `host-harness`: runs a virtual machine as its options say. See `--help`.
 
 mod cli;
+mod ctl;
 
 use std::fs::File;
 use std::io::{IsTerminal, Write};
@@ -50,14 +51,17 @@ fn main() -> ExitCode {
         .with_ansi(std::io::stderr().is_terminal() && no_color.is_none_or(|v| v.is_empty()))
         .with_writer(std::io::stderr)
         .init();
-    let Command::Run(args) = cli.command;
-    match run(args) {
+    let result = match cli.command {
+        Command::Run(args) => run(args),
+        Command::Ctl(args) => ctl::run(&args),
+    };
+    match result {
         Ok(status) => ExitCode::from(status),
         Err(error) => {
             report(&format!("{error:#}"));
-            let status = error
-                .downcast_ref::<HostError>()
-                .map_or(USAGE, HostError::exit_status);
+            let host = error.downcast_ref().map(HostError::exit_status);
+            let client = error.downcast_ref().map(ctl::exit_status);
+            let status = host.or(client).unwrap_or(USAGE);
             ExitCode::from(status)
         }
     }
@@ -89,6 +93,8 @@ fn run(args: RunArgs) -> anyhow::Result<u8> {
         host.storage.max_sub_channels = count;
     }
     host.disks = args.disk;
+    host.nics = args.net;
+    host.pcap = args.pcap;
     let counters = args
         .counters
         .map(|path| {
@@ -100,16 +106,19 @@ fn run(args: RunArgs) -> anyhow::Result<u8> {
 
     // From here on signals end the VM in order, so that the terminal and the disks are left well.
     let mut signals = Signals::new([SIGINT, SIGTERM, SIGHUP]).context("catching signals")?;
-    let host = Host::start(host)?;
+    let mut host = Host::start(host)?;
+    if let Some(path) = &args.api {
+        host.listen(path)?;
+    }
     let caught = Arc::new(AtomicI32::new(0));
     {
-        let (stop, caught) = (host.vm().stopper(), caught.clone());
+        let (vm, caught) = (host.vm().control().clone(), caught.clone());
         thread::Builder::new()
             .name("signals".into())
             .spawn(move || {
                 for signal in &mut signals {
                     caught.store(signal, Ordering::SeqCst);
-                    stop();
+                    vm.stop();
                 }
             })
             .context("starting a thread")?;
@@ -126,6 +135,7 @@ fn run(args: RunArgs) -> anyhow::Result<u8> {
             "vmbus": host.server().map(|server| server.status()),
             "controllers": host.storage().controllers(),
             "disks": host.storage().disks(),
+            "nics": host.network().nics(),
         });
         serde_json::to_writer_pretty(file, &report)
             .with_context(|| format!("counters {}", path.display()))?;

@@ -1,12 +1,13 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
 
-//! Injected media errors, for tests of how a guest copes: ranges of a disk that cannot be read
-//! or written.
+//! Injected faults, for tests of how a guest copes: ranges of a disk that cannot be read or
+//! written, and a disk that is slow.
 
 use super::{BlockSizes, Disk, DiskError, IoBuf};
 use std::ops::Range;
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{PoisonError, RwLock};
+use std::time::Duration;
 
 /// Which requests a fault makes fail.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -34,6 +35,8 @@ pub struct FaultInjector {
     /// Lets the data path skip the lock; set while `faults` is not empty.
     any: AtomicBool,
     faults: RwLock<Vec<Fault>>,
+    /// Nanoseconds that each request takes longer.
+    latency: AtomicU64,
 }
 
 impl FaultInjector {
@@ -43,6 +46,7 @@ impl FaultInjector {
             inner,
             any: AtomicBool::new(!faults.is_empty()),
             faults: RwLock::new(faults),
+            latency: AtomicU64::new(0),
         }
     }
 
@@ -53,8 +57,23 @@ impl FaultInjector {
         *current = faults;
     }
 
-    /// Fails when a request of this kind touches a fault, and names the first bad byte.
+    /// Makes each request that begins from now on take so much longer.
+    pub fn set_latency(&self, latency: Duration) {
+        let nanos = u64::try_from(latency.as_nanos()).unwrap_or(u64::MAX);
+        self.latency.store(nanos, Ordering::Relaxed);
+    }
+
+    fn wait(&self) {
+        let nanos = self.latency.load(Ordering::Relaxed);
+        if nanos != 0 {
+            std::thread::sleep(Duration::from_nanos(nanos));
+        }
+    }
+
+    /// Waits as long as requests are to take, and fails when a request of this kind touches a
+    /// fault, naming the first bad byte.
     fn check(&self, offset: u64, len: u64, kind: FaultKind) -> Result<(), DiskError> {
+        self.wait();
         if !self.any.load(Ordering::Acquire) {
             return Ok(());
         }
@@ -106,6 +125,7 @@ impl Disk for FaultInjector {
     }
 
     fn flush(&self) -> Result<(), DiskError> {
+        self.wait();
         self.inner.flush()
     }
 

@@ -3,7 +3,8 @@
 //! The value of `--disk`: `path=F,format=qcow2,readonly=on,...`.
 
 use super::{Fault, FaultKind};
-use std::path::PathBuf;
+use crate::key_values;
+use std::path::{Path, PathBuf};
 use std::str::FromStr;
 
 /// Format of a disk image.
@@ -121,6 +122,27 @@ impl DiskOptions {
         }
     }
 
+    /// The same text, checked, with the path made absolute: for a host that was started in another
+    /// directory than `directory`.
+    ///
+    /// # Errors
+    /// It is not a good description of a disk, or the path would not be text.
+    pub fn absolute(text: &str, directory: &Path) -> Result<String, OptionError> {
+        let options: Self = text.parse()?;
+        let path = directory.join(&options.path);
+        let path = path
+            .to_str()
+            .ok_or_else(|| OptionError("path: this directory's name is not text".into()))?;
+        let items = key_values::split(text).into_iter().map(|item| {
+            let item = match item.strip_prefix("path=") {
+                Some(_) => format!("path={path}"),
+                None => item,
+            };
+            item.replace(',', ",,")
+        });
+        Ok(items.collect::<Vec<_>>().join(","))
+    }
+
     /// The injected faults, for a disk of this logical block size.
     pub(super) fn faults(&self, logical_block_size: u32) -> Vec<Fault> {
         let size = u64::from(logical_block_size);
@@ -174,25 +196,6 @@ impl DiskOptions {
     }
 }
 
-/// Splits at single commas; a doubled comma stands for one.
-fn split(text: &str) -> Vec<String> {
-    let mut items = vec![String::new()];
-    let mut chars = text.chars().peekable();
-    while let Some(c) = chars.next() {
-        if c == ',' {
-            if chars.peek() != Some(&',') {
-                items.push(String::new());
-                continue;
-            }
-            chars.next();
-        }
-        if let Some(item) = items.last_mut() {
-            item.push(c);
-        }
-    }
-    items
-}
-
 fn switch(key: &str, value: &str) -> Result<bool, OptionError> {
     match value {
         "on" => Ok(true),
@@ -233,7 +236,7 @@ impl FromStr for DiskOptions {
     fn from_str(text: &str) -> Result<Self, OptionError> {
         let mut options = Self::new("");
         let mut seen = Vec::new();
-        for item in split(text) {
+        for item in key_values::split(text) {
             let (key, value) = item.split_once('=').ok_or_else(|| {
                 OptionError(format!("'{item}': key=value expected, as in path=disk.img"))
             })?;

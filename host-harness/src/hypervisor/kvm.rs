@@ -6,19 +6,20 @@
 
 use std::io;
 use std::sync::{Arc, Mutex, OnceLock, PoisonError};
+use std::time::{SystemTime, UNIX_EPOCH};
 
 use hv_proto::ids::ConnectionId;
 use hv_proto::synic::SINT_COUNT;
 use kvm_bindings::{
-    KVM_IRQ_ROUTING_HV_SINT, KVM_IRQ_ROUTING_IRQCHIP, KVM_IRQCHIP_IOAPIC, KvmIrqRouting,
-    kvm_irq_routing_entry, kvm_irq_routing_entry__bindgen_ty_1, kvm_irq_routing_hv_sint,
-    kvm_irq_routing_irqchip,
+    KVM_CLOCK_REALTIME, KVM_IRQ_ROUTING_HV_SINT, KVM_IRQ_ROUTING_IRQCHIP, KVM_IRQCHIP_IOAPIC,
+    KvmIrqRouting, kvm_irq_routing_entry, kvm_irq_routing_entry__bindgen_ty_1,
+    kvm_irq_routing_hv_sint, kvm_irq_routing_irqchip,
 };
 use kvm_ioctls::VmFd;
 use vmm_sys_util::eventfd::EventFd;
 
 use super::synic::Interrupts;
-use super::sys;
+use super::{ReferenceTime, sys};
 
 /// Pins of the I/O APIC: their interrupt numbers (GSIs) come first.
 const IOAPIC_PINS: u32 = 24;
@@ -108,6 +109,12 @@ fn sint_index(vp: u32, sint: u8) -> u32 {
     vp * u32::from(SINT_COUNT) + u32::from(sint)
 }
 
+/// The host's time in nanoseconds since 1970.
+fn unix_ns() -> i64 {
+    let since = SystemTime::now().duration_since(UNIX_EPOCH);
+    since.map_or(0, |time| i64::try_from(time.as_nanos()).unwrap_or(i64::MAX))
+}
+
 /// An irqfd that is never written, for its resample event.
 struct EomIrqfd {
     vm: Arc<VmFd>,
@@ -141,6 +148,22 @@ impl Interrupts for KvmInterrupts {
 
     fn bind(&self, connection: ConnectionId, event: &EventFd) -> io::Result<()> {
         sys::bind_connection(&self.vm, connection.get(), event)
+    }
+
+    fn time(&self) -> io::Result<ReferenceTime> {
+        // KVM's reference counter is its clock (`get_time_ref_counter` in `arch/x86/kvm/hyperv.c`).
+        let before = unix_ns();
+        let clock = self.vm.get_clock()?;
+        let after = unix_ns();
+        let unix_ns = if clock.flags & KVM_CLOCK_REALTIME != 0 {
+            i64::try_from(clock.realtime).unwrap_or(i64::MAX)
+        } else {
+            before + after.saturating_sub(before) / 2
+        };
+        Ok(ReferenceTime {
+            counter: clock.clock / 100,
+            unix_ns,
+        })
     }
 
     fn unbind(&self, connection: ConnectionId) {

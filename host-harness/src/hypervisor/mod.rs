@@ -51,6 +51,40 @@ pub enum SynicError {
     },
 }
 
+/// A moment on two clocks.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct ReferenceTime {
+    /// The partition's reference counter, which the guest reads too: 100 ns since it was started.
+    pub counter: u64,
+    /// The host's time: nanoseconds since 1970.
+    pub unix_ns: i64,
+}
+
+/// What time it is, for the host and for the guest.
+pub trait ReferenceClock: Send + Sync {
+    /// Now. `None` while there is no machine, for instance during its reset.
+    fn now(&self) -> Option<ReferenceTime>;
+}
+
+/// A clock that stands still, for tests.
+#[cfg(test)]
+pub(crate) struct FixedClock;
+
+#[cfg(test)]
+impl FixedClock {
+    pub(crate) const TIME: ReferenceTime = ReferenceTime {
+        counter: 1234,
+        unix_ns: 1_700_000_000_000_000_000,
+    };
+}
+
+#[cfg(test)]
+impl ReferenceClock for FixedClock {
+    fn now(&self) -> Option<ReferenceTime> {
+        Some(Self::TIME)
+    }
+}
+
 /// What the VMBus server needs of the guest's SynIC (host to guest, and the binding of signals).
 ///
 /// None of the methods blocks on the guest.

@@ -23,7 +23,7 @@ use vm_memory::{Bytes, GuestAddress, GuestMemoryBackend, GuestMemoryMmap, Volati
 use vmm_sys_util::eventfd::EventFd;
 use zerocopy::IntoBytes;
 
-use super::{SynicError, SynicPort};
+use super::{ReferenceClock, ReferenceTime, SynicError, SynicPort};
 use crate::counters::Counter;
 
 /// Most messages that wait for one SINT of one processor. The VMBus server's protocol keeps far
@@ -51,6 +51,11 @@ pub trait Interrupts: Send + Sync {
     fn bind(&self, connection: ConnectionId, event: &EventFd) -> io::Result<()>;
     /// Undoes [`Interrupts::bind`].
     fn unbind(&self, connection: ConnectionId);
+    /// What time it is.
+    ///
+    /// # Errors
+    /// Of the system.
+    fn time(&self) -> io::Result<ReferenceTime>;
 }
 
 /// The SynIC of all virtual processors of one VM. It outlives a reset of the VM.
@@ -172,6 +177,12 @@ impl Synic {
             // Without the lock: this waits for KVM.
             drop(done);
         }
+    }
+
+    /// Whether each processor's SynIC is on, in the order of the processors.
+    pub fn enabled(&self) -> Vec<bool> {
+        let on = |vp: &Vp| is_enabled(read(&vp.registers).control);
+        self.vps.iter().map(on).collect()
     }
 
     /// The counts.
@@ -316,6 +327,15 @@ fn set_bits(memory: &GuestMemoryMmap, base: GuestAddress, offset: usize, bits: u
     Some((old >> shift) as u8)
 }
 
+impl ReferenceClock for Synic {
+    fn now(&self) -> Option<ReferenceTime> {
+        let interrupts = read(&self.interrupts).clone()?;
+        let time = interrupts.time();
+        time.inspect_err(|error| tracing::warn!(%error, "reading the guest's clock"))
+            .ok()
+    }
+}
+
 impl SynicPort for Synic {
     fn post_message(
         &self,
@@ -455,6 +475,10 @@ mod tests {
     }
 
     impl Interrupts for Recorder {
+        fn time(&self) -> io::Result<ReferenceTime> {
+            Err(io::ErrorKind::Unsupported.into())
+        }
+
         fn raise(&self, vp: u32, sint: u8) -> io::Result<()> {
             lock(&self.raised).push((vp, sint));
             Ok(())

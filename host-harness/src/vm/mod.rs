@@ -26,6 +26,7 @@
 
 pub mod acpi;
 pub mod boot;
+mod control;
 pub mod counters;
 pub mod devices;
 pub mod machine;
@@ -42,19 +43,23 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::mpsc::{Receiver, RecvTimeoutError, Sender, channel};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::thread::{self, JoinHandle};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use kvm_ioctls::Kvm;
+use serde::Serialize;
 use vm_memory::GuestMemoryMmap;
 use vmm_sys_util::eventfd::EventFd;
 
 use self::boot::Images;
+use self::control::{Phase, Shared};
+pub use self::control::{RunState, VcpuStatus, VmControl, VmStatus};
 use self::counters::{ExitCounters, VmCounters};
 use self::devices::Devices;
 use self::machine::Machine;
 use self::serial::{PORTS, SerialBackend, SerialPort};
 use self::vcpu::{VcpuContext, VcpuEvent, Vcpus};
 use crate::counters::Counter;
+use crate::events::{Event, Events};
 use crate::hypervisor::MessageSink;
 use crate::hypervisor::synic::Synic;
 
@@ -107,7 +112,7 @@ impl VmError {
 
 /// What a guest wrote into the crash registers: MSRs 0x40000100 to 0x40000104,
 /// `HV_X64_MSR_CRASH_P0` and its four successors.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
 pub struct CrashReport {
     /// The processor that reported.
     pub vp: u32,
@@ -223,6 +228,7 @@ pub struct Vm {
     eom: EomThread,
     orders: Sender<Order>,
     ordered: Receiver<Order>,
+    events: Events,
 }
 
 /// What the guest's memory holds when it starts.
@@ -250,10 +256,11 @@ impl Guest {
 }
 
 /// What the control thread is told.
-enum Order {
+#[cfg_attr(test, derive(Debug))]
+pub(crate) enum Order {
     Vcpu(VcpuEvent),
     Pause(Sender<()>),
-    Resume,
+    Resume(Sender<()>),
     Stop,
 }
 
@@ -318,6 +325,7 @@ impl Vm {
             eom,
             orders,
             ordered,
+            events: Events::default(),
         })
     }
 
@@ -336,24 +344,41 @@ impl Vm {
         self.sink = Some(sink);
     }
 
+    /// Sets where to publish what happens to the VM.
+    pub fn set_events(&mut self, events: Events) {
+        self.events = events;
+    }
+
     /// Starts the guest.
     ///
     /// # Errors
     /// [`VmError::System`] when KVM or the host refuses.
     pub fn start(mut self) -> Result<VmHandle, VmError> {
         let vcpus = self.power_on()?;
-        let shared = HandleState {
+        let shared = Arc::new(Shared {
             synic: self.synic.clone(),
             devices: self.devices.clone(),
             exits: self.exits.clone(),
             resets: self.resets.clone(),
+            phase: Mutex::default(),
+            started: Instant::now(),
+            memory: self.guest.memory_size,
+        });
+        let control = VmControl {
+            shared: shared.clone(),
+            orders: self.orders.clone(),
         };
-        let orders = self.orders.clone();
         let (ended, end) = channel();
         let thread = thread::Builder::new()
             .name("vm".into())
             .spawn(move || {
-                let result = self.control(vcpus);
+                let result = self.control(vcpus, &shared);
+                shared.phase().state = RunState::Ended;
+                let reason = match &result {
+                    Ok(reason) => reason.to_string(),
+                    Err(error) => error.to_string(),
+                };
+                self.events.publish(Event::Ended { reason });
                 // Serial output is complete before the end is known.
                 for port in self.devices.serial().iter().flatten() {
                     port.finish();
@@ -363,8 +388,7 @@ impl Vm {
             })
             .map_err(|e| VmError::System("starting a thread", e))?;
         Ok(VmHandle {
-            state: shared,
-            orders,
+            control,
             end: Mutex::new(End::Running(end)),
             thread: Some(thread),
         })
@@ -417,9 +441,9 @@ impl Vm {
     }
 
     /// The control thread: runs the VM until its end.
-    fn control(&mut self, mut vcpus: Vcpus) -> Result<ExitReason, VmError> {
+    fn control(&mut self, mut vcpus: Vcpus, shared: &Shared) -> Result<ExitReason, VmError> {
         loop {
-            let end = self.wait_for_end(&vcpus);
+            let end = self.wait_for_end(&vcpus, shared);
             self.power_off(vcpus);
             match end {
                 Ok(ExitReason::Reset) if self.reboot => {
@@ -429,8 +453,8 @@ impl Vm {
                     let mut stop = false;
                     while let Ok(order) = self.ordered.try_recv() {
                         match order {
-                            Order::Vcpu(_) | Order::Resume => {}
-                            Order::Pause(done) => drop(done),
+                            Order::Vcpu(_) => {}
+                            Order::Pause(done) | Order::Resume(done) => drop(done),
                             Order::Stop => stop = true,
                         }
                     }
@@ -441,13 +465,23 @@ impl Vm {
                         port.reset()?;
                     }
                     vcpus = self.power_on()?;
+                    *shared.phase() = Phase::default();
+                    self.events.publish(Event::Reset);
                 }
                 end => return end,
             }
         }
     }
 
-    fn wait_for_end(&self, vcpus: &Vcpus) -> Result<ExitReason, VmError> {
+    /// Notes a change, if it is one, and tells of it.
+    fn change(&self, shared: &Shared, state: RunState, event: Event) {
+        let before = std::mem::replace(&mut shared.phase().state, state);
+        if before != state {
+            self.events.publish(event);
+        }
+    }
+
+    fn wait_for_end(&self, vcpus: &Vcpus, shared: &Shared) -> Result<ExitReason, VmError> {
         /// A guest that goes on can report as often as it likes; so many are told of.
         const REPORTS: u32 = 8;
         let mut reports = 0;
@@ -458,10 +492,15 @@ impl Vm {
                 Order::Stop => return Ok(ExitReason::Stopped),
                 Order::Pause(done) => {
                     vcpus.pause();
+                    self.change(shared, RunState::Paused, Event::Paused);
                     // The one who asked may not wait for it.
                     let _ = done.send(());
                 }
-                Order::Resume => vcpus.resume(),
+                Order::Resume(done) => {
+                    vcpus.resume();
+                    self.change(shared, RunState::Running, Event::Resumed);
+                    let _ = done.send(());
+                }
                 Order::Vcpu(VcpuEvent::PowerOff) => return Ok(ExitReason::PowerOff),
                 Order::Vcpu(VcpuEvent::Reset) => return Ok(ExitReason::Reset),
                 Order::Vcpu(VcpuEvent::Error(error)) => return Err(error),
@@ -469,6 +508,11 @@ impl Vm {
                     return Ok(ExitReason::TripleFault { vp });
                 }
                 Order::Vcpu(VcpuEvent::Crash(report)) => {
+                    shared.phase().crash = Some(report);
+                    let CrashReport { vp, parameters } = report;
+                    if !self.run_after_crash || reports < REPORTS {
+                        self.events.publish(Event::Crashed { vp, parameters });
+                    }
                     if !self.run_after_crash {
                         return Ok(ExitReason::Crash(report));
                     }
@@ -482,14 +526,6 @@ impl Vm {
     }
 }
 
-/// What a handle reads while the VM runs.
-struct HandleState {
-    synic: Arc<Synic>,
-    devices: Arc<Devices>,
-    exits: Arc<ExitCounters>,
-    resets: Arc<Counter>,
-}
-
 enum End {
     Running(Receiver<Result<ExitReason, VmError>>),
     /// Reported to the one who waited.
@@ -498,8 +534,7 @@ enum End {
 
 /// A running VM. Dropping it stops the VM.
 pub struct VmHandle {
-    state: HandleState,
-    orders: Sender<Order>,
+    control: VmControl,
     end: Mutex<End>,
     thread: Option<JoinHandle<()>>,
 }
@@ -535,51 +570,29 @@ impl VmHandle {
         Some(result)
     }
 
-    /// Asks the VM to end at once, as pulling the plug does.
-    pub fn stop(&self) {
-        // It may have ended already.
-        let _ = self.orders.send(Order::Stop);
+    /// A hold on the VM for other threads.
+    pub fn control(&self) -> &VmControl {
+        &self.control
     }
 
-    /// Something that can ask the VM to end, from any thread.
-    pub fn stopper(&self) -> impl Fn() + Send + 'static {
-        let orders = self.orders.clone();
-        move || {
-            // It may have ended already.
-            let _ = orders.send(Order::Stop);
-        }
+    /// Asks the VM to end at once, as pulling the plug does.
+    pub fn stop(&self) {
+        self.control.stop();
     }
 
     /// Pauses all vCPUs and returns when none runs any more. Devices go on with what they have.
     pub fn pause(&self) {
-        let (done, wait) = channel();
-        if self.orders.send(Order::Pause(done)).is_ok() {
-            // An error means that the VM ended: nothing runs then either.
-            let _ = wait.recv();
-        }
+        self.control.pause();
     }
 
     /// Lets a paused VM run again.
     pub fn resume(&self) {
-        // It may have ended already.
-        let _ = self.orders.send(Order::Resume);
+        self.control.resume();
     }
 
     /// The counts now.
     pub fn counters(&self) -> VmCounters {
-        VmCounters {
-            exits: self.state.exits.snapshot(),
-            synic: self.state.synic.counters().into(),
-            resets: self.state.resets.get(),
-            serial_dropped: self
-                .state
-                .devices
-                .serial()
-                .iter()
-                .flatten()
-                .map(SerialPort::dropped)
-                .sum(),
-        }
+        self.control.counters()
     }
 }
 

@@ -165,7 +165,7 @@ impl Shared {
         notify(&self.stop);
     }
 
-    fn interrupt(&self) {
+    pub(super) fn interrupt(&self) {
         let vp = VpIndex::new(self.target_vp.load(Ordering::Relaxed));
         // The id of an open channel always has a flag.
         let Some(flag) = self.id.event_flag() else {
@@ -219,6 +219,7 @@ impl HostChannel {
         incoming: GuestRing,
         outgoing: GuestRing,
     ) -> Result<(Self, ChannelControl), ChannelError> {
+        let rings = [incoming.clone(), outgoing.clone()];
         let consumer = Consumer::new(incoming).map_err(ChannelError::Corrupt)?;
         let producer = Producer::new(outgoing).map_err(ChannelError::Corrupt)?;
         let shared = Arc::new(Shared::new(params)?);
@@ -238,6 +239,7 @@ impl HostChannel {
         let control = ChannelControl {
             shared: shared.clone(),
             inner: inner.clone(),
+            rings,
         };
         let channel = Self {
             reader: ChannelReader {
@@ -283,9 +285,19 @@ impl HostChannel {
 pub(super) struct ChannelControl {
     pub(super) shared: Arc<Shared>,
     inner: Arc<WriterInner>,
+    /// Guest to host, and host to guest.
+    rings: [GuestRing; 2],
 }
 
 impl ChannelControl {
+    /// The memory of a ring, for who breaks the rules on purpose.
+    pub(super) fn ring(&self, direction: Direction) -> &GuestRing {
+        match direction {
+            Direction::ToHost => &self.rings[0],
+            Direction::ToGuest => &self.rings[1],
+        }
+    }
+
     /// The guest signalled by other means than the hypervisor's.
     pub(super) fn signalled(&self) {
         notify(&self.shared.signal);
@@ -552,12 +564,12 @@ impl ChannelWriter {
             .map(drop)
     }
 
-    /// Sends a packet that names `ranges` of a buffer which both sides agreed on before. Never
-    /// waits.
+    /// Sends a packet that names `ranges` of a buffer which both sides agreed on before. Waits at
+    /// most [`SEND_TIMEOUT`] for space.
     ///
     /// # Errors
-    /// As [`ChannelWriter::try_send`].
-    pub fn try_send_transfer_pages(
+    /// As [`ChannelWriter::send`].
+    pub fn send_transfer_pages(
         &self,
         transaction_id: u64,
         pageset_id: u16,
@@ -574,7 +586,7 @@ impl ChannelWriter {
         };
         let header = Header::transfer_pages(transaction_id, completion_requested);
         let extension = [prefix.as_bytes(), ranges.as_bytes()];
-        self.write(header, &extension, &[payload], false).map(drop)
+        self.write_waiting(header, &extension, &[payload])
     }
 
     /// Writes a packet, and waits for space if there is none.

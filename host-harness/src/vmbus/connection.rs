@@ -15,6 +15,7 @@ use super::device::Job;
 use super::gpa::{PAGE_SIZE, page_address};
 use super::gpadl::Taken;
 use super::server::{Server, State, complain};
+use crate::events::Event;
 
 impl Server {
     pub(super) fn initiate_contact(
@@ -47,6 +48,10 @@ impl Server {
             return;
         };
         tracing::info!(version = %agreed.version, "the guest connected to the bus");
+        st.connected = true;
+        self.publish(Event::Connected {
+            version: agreed.version.to_string(),
+        });
         let page = agreed.monitor_pages;
         let pfn = page.map(|[_, to_host]| to_host / u64::from(PAGE_SIZE));
         st.monitor_page = pfn.and_then(|pfn| page_address(self.memory(), pfn).ok());
@@ -57,6 +62,9 @@ impl Server {
     /// The connection has ended: closes all channels, and forgets what the guest made.
     pub(super) fn begin_reset(&self, st: &mut State) {
         st.resetting = true;
+        if std::mem::take(&mut st.connected) {
+            self.publish(Event::Disconnected);
+        }
         st.monitor_page = None;
         st.outbox.clear();
         // Sub-channels before primary channels.

@@ -15,6 +15,8 @@
 //! The server uses the hypervisor only through [`crate::hypervisor::SynicPort`], and guest memory
 //! only through `vm-memory`. The guest is not trusted: whatever it does, at worst its own channel
 //! is closed.
+//!
+//! For tests of guests, [`Server::hostile`] does what no host should.
 
 mod channel;
 mod connection;
@@ -22,6 +24,7 @@ mod counters;
 mod device;
 mod gpa;
 mod gpadl;
+mod hostile;
 mod monitor;
 mod offers;
 mod ring;
@@ -40,8 +43,10 @@ pub use channel::{
 pub use counters::CounterSnapshot;
 pub use gpa::{GpaError, GuestBuffer, GuestMem, GuestSlice, PAGE_SIZE};
 pub use gpadl::{MAX_PAGES, MAX_PER_CHANNEL};
+pub use hostile::Hostile;
 pub use server::{
-    ChannelStatus, DeviceHandle, OfferError, OfferHandle, Server, ServerConfig, Status,
+    ChannelStatus, DeviceHandle, DeviceStatus, OfferError, OfferHandle, Server, ServerConfig,
+    Status,
 };
 pub use trace::{Direction, Trace};
 pub use vsp::{OfferParams, OpenError, OpenParams, Vsp};

@@ -28,6 +28,7 @@ use super::monitor;
 use super::ring::GuestRing;
 use super::server::{Device, Entry, OfferError, OfferHandle, Server, State, complain};
 use super::vsp::{OfferParams, OpenError, OpenParams, Vsp};
+use crate::events::Event;
 
 /// Connection ids of channel events are this plus the channel's id.
 const EVENT_CONNECTION_BASE: u32 = 0x1_0000;
@@ -74,6 +75,11 @@ impl Server {
         let number = st.next_device;
         st.next_device += 1;
         let name: Arc<str> = params.name.as_str().into();
+        let added = Event::DeviceAdded {
+            device: params.name.clone(),
+            class: params.class.to_string(),
+            instance: params.instance.to_string(),
+        };
         let (jobs, queue) = channel();
         let server = self.weak();
         let thread_name = name.clone();
@@ -97,6 +103,7 @@ impl Server {
             st.devices.remove(&number);
             return Err(e);
         }
+        self.publish(added);
         Ok(OfferHandle::new(self.weak(), number))
     }
 
@@ -180,30 +187,14 @@ impl Server {
             return;
         }
         let params = &device.params;
-        let connection = event_connection(id);
         let monitored = (entry.monitor, st.monitor_page, params.monitor_latency);
-        let monitor = match monitored {
-            (Some(monitor), Some(page), Some(latency)) => {
-                monitor::describe(self.memory(), page, monitor, latency, connection);
-                Some(monitor)
-            }
-            _ => None,
-        };
-        let offer = OfferChannel {
-            interface_id: params.class,
-            instance_id: params.instance,
-            channel_flags: params.flags.bits().into(),
-            mmio_megabytes: params.mmio_megabytes.into(),
-            user_defined: params.user_defined,
-            sub_channel_index: entry.index.into(),
-            channel_id: id,
-            monitor_id: monitor.map_or(0, MonitorId::get),
-            monitor_allocated: monitor.is_some().into(),
-            is_dedicated_interrupt: 1.into(),
-            connection_id: connection,
-            ..OfferChannel::new_zeroed()
-        };
-        self.send(st, target, &offer);
+        if let (Some(monitor), Some(page), Some(latency)) = monitored {
+            let connection = event_connection(id);
+            monitor::describe(self.memory(), page, monitor, latency, connection);
+        }
+        if let Some(offer) = describe(st, id) {
+            self.send(st, target, &offer);
+        }
     }
 
     /// Takes a device away from the guest.
@@ -218,6 +209,16 @@ impl Server {
             self.rescind(st, id);
         }
         self.settle_device(st, number);
+    }
+
+    /// Takes one sub-channel back, as a host may at any moment. Returns false if there is no such sub-channel.
+    pub fn rescind_subchannel(&self, id: ChannelId) -> bool {
+        let mut st = self.lock();
+        let found = st.channels.get(&id).is_some_and(|c| c.index != 0);
+        if found {
+            self.rescind(&mut st, id);
+        }
+        found
     }
 
     /// Takes a channel back: the VSP closes it first, then the guest is told.
@@ -281,6 +282,9 @@ impl Server {
             return;
         }
         let instance: Guid = device.params.instance;
+        self.publish(Event::DeviceRemoved {
+            device: device.name.to_string(),
+        });
         st.devices.remove(&number);
         let same = || {
             let devices = st.devices.iter();
@@ -435,9 +439,13 @@ impl Server {
         };
         let decision = entry.machine.opened(status);
         let ok = status == STATUS_SUCCESS;
-        let (failed, monitored) = (entry.failed, entry.monitor.is_some());
+        let (failed, monitored, index) = (entry.failed, entry.monitor.is_some(), entry.index);
         if ok {
             entry.counters.open();
+            self.publish(Event::ChannelOpened {
+                device: device_name(st, id).to_string(),
+                index,
+            });
         } else {
             self.let_go(st, id);
         }
@@ -502,6 +510,12 @@ impl Server {
     fn closed(&self, st: &mut State, id: ChannelId) {
         tracing::debug!(channel = id.get(), "closed");
         self.let_go(st, id);
+        if let Some(index) = st.channels.get(&id).map(|c| c.index) {
+            self.publish(Event::ChannelClosed {
+                device: device_name(st, id).to_string(),
+                index,
+            });
+        }
         if let Some(entry) = st.channels.get_mut(&id) {
             let decision = entry.machine.closed();
             self.after_close(st, id, decision);
@@ -646,6 +660,29 @@ impl Server {
             self.reply(st, &answer);
         }
     }
+}
+
+/// What the guest is told of a channel.
+pub(super) fn describe(st: &State, id: ChannelId) -> Option<OfferChannel> {
+    let entry = st.channels.get(&id)?;
+    let params = &st.devices.get(&entry.device)?.params;
+    let monitor = entry
+        .monitor
+        .filter(|_| st.monitor_page.is_some() && params.monitor_latency.is_some());
+    Some(OfferChannel {
+        interface_id: params.class,
+        instance_id: params.instance,
+        channel_flags: params.flags.bits().into(),
+        mmio_megabytes: params.mmio_megabytes.into(),
+        user_defined: params.user_defined,
+        sub_channel_index: entry.index.into(),
+        channel_id: id,
+        monitor_id: monitor.map_or(0, MonitorId::get),
+        monitor_allocated: monitor.is_some().into(),
+        is_dedicated_interrupt: 1.into(),
+        connection_id: event_connection(id),
+        ..OfferChannel::new_zeroed()
+    })
 }
 
 /// The name of a channel's device, for the log.

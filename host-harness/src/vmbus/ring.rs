@@ -3,6 +3,7 @@
 //! The memory of one ring, as the ring code of `hv_proto` wants it: the pages of a GPADL, which
 //! lie anywhere in guest memory.
 
+use std::sync::Arc;
 use std::sync::atomic::{AtomicU32, Ordering, fence};
 
 use hv_proto::ring::{Field, RingMem};
@@ -20,11 +21,11 @@ pub(super) const MIN_RING_PAGES: usize = 2;
 /// # Invariants
 /// Each page was checked to be wholly inside one region of guest memory, which never changes.
 /// There is at least one data page, and the data area is below 4 GiB.
-#[derive(Debug)]
+#[derive(Debug, Clone)]
 pub(super) struct GuestRing {
     mem: GuestMem,
     control: GuestAddress,
-    data: Box<[GuestAddress]>,
+    data: Arc<[GuestAddress]>,
     data_len: u32,
 }
 
@@ -130,8 +131,6 @@ impl RingMem for GuestRing {
 
 #[cfg(test)]
 mod tests {
-    use std::sync::Arc;
-
     use hv_proto::packet::Header;
     use hv_proto::ring::{Consumer, Producer, initialize};
     use vm_memory::{Bytes, GuestMemoryMmap};

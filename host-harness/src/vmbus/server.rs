@@ -15,7 +15,7 @@
 //! # Lock order
 //! [`Server`] has one lock, for all its state. With it held, the server takes channel locks (see
 //! `channel.rs`), and calls [`SynicPort`], whose methods do not block. It never calls a VSP, nor
-//! drops anything of a VSP, with the lock held. VSPs may call the server from any thread.
+//! drops anything of a VSP, with the lock held. Events are published with it held. VSPs may call the server from any thread.
 //!
 //! # Limits
 //! Everything that a guest can make the server keep is bounded: channels by their numbers (2047),
@@ -53,6 +53,7 @@ use super::gpadl::GpadlTable;
 use super::monitor;
 use super::trace::Trace;
 use super::vsp::OfferParams;
+use crate::events::{Event, Events};
 use crate::hypervisor::{MessageSink, SynicError, SynicPort};
 
 /// Most messages that wait for the SynIC. The states of channels and GPADLs bound them anyway;
@@ -79,6 +80,8 @@ pub struct ServerConfig {
     pub trace: Option<Arc<Trace>>,
     /// What [`OfferParams::monitor_latency`] is for devices that leave it open.
     pub monitor_latency: Option<Duration>,
+    /// Where to publish what happens on the bus.
+    pub events: Events,
 }
 
 /// Why a device or sub-channel cannot be offered.
@@ -109,10 +112,25 @@ pub enum OfferError {
 pub struct Status {
     /// The version of the connection, `None` if there is none.
     pub version: Option<String>,
+    /// All devices that exist.
+    pub devices: Vec<DeviceStatus>,
     /// All channels that exist.
     pub channels: Vec<ChannelStatus>,
     /// Number of GPADLs.
     pub gpadls: usize,
+}
+
+/// A device, for display.
+#[derive(Debug, Clone, Serialize)]
+pub struct DeviceStatus {
+    /// Its name.
+    pub name: String,
+    /// The class GUID of its offer.
+    pub class: String,
+    /// The instance GUID of its offer, by which the guest's sysfs calls it.
+    pub instance: String,
+    /// The host has taken it away, and the guest has yet to let go of it.
+    pub leaving: bool,
 }
 
 /// A channel, for display.
@@ -182,6 +200,8 @@ impl Device {
 
 pub(super) struct State {
     pub(super) connection: Connection,
+    /// The last connection that was told of still stands.
+    pub(super) connected: bool,
     /// The connection has ended, and VSPs are still closing its channels.
     pub(super) resetting: bool,
     /// The page in which the guest signals, if it named a good one.
@@ -248,6 +268,7 @@ impl Server {
     pub fn new(mem: GuestMem, synic: Arc<dyn SynicPort>, config: ServerConfig) -> Arc<Self> {
         let state = State {
             connection: Connection::new(config.max_version),
+            connected: false,
             resetting: false,
             monitor_page: None,
             channels: BTreeMap::new(),
@@ -288,8 +309,15 @@ impl Server {
             target_vp: entry.target_vp.load(Ordering::Relaxed),
             counters: entry.counters.snapshot(),
         };
+        let device = |device: &Device| DeviceStatus {
+            name: device.name.to_string(),
+            class: device.params.class.to_string(),
+            instance: device.params.instance.to_string(),
+            leaving: device.removed,
+        };
         Status {
             version: st.connection.version().map(|v| v.to_string()),
+            devices: st.devices.values().map(device).collect(),
             channels: st.channels.iter().map(channel).collect(),
             gpadls: st.gpadls.len(),
         }
@@ -331,6 +359,11 @@ impl Server {
 
     pub(super) fn trace(&self) -> Option<&Arc<Trace>> {
         self.config.trace.as_ref()
+    }
+
+    /// Tells the readers of events.
+    pub(super) fn publish(&self, event: Event) {
+        self.config.events.publish(event);
     }
 
     pub(super) fn monitor_latency(&self) -> Option<Duration> {

@@ -26,6 +26,7 @@ use zerocopy::FromZeros;
 use super::gpa::GuestMem;
 use super::ring::GuestRing;
 use super::{Server, ServerConfig, Trace};
+use crate::events::Events;
 use crate::hypervisor::{MessageSink, SynicError, SynicPort};
 
 /// How long a test waits for something that must come.
@@ -156,6 +157,8 @@ pub(crate) struct FakeGuest {
     pub(crate) mem: GuestMem,
     pub(crate) synic: Arc<FakeSynic>,
     pub(crate) server: Arc<Server>,
+    /// What the server publishes.
+    pub(crate) events: Events,
     connection: ConnectionId,
     version: Option<Version>,
     next_pfn: u64,
@@ -175,17 +178,20 @@ impl FakeGuest {
         let ranges = [(GuestAddress(0), (PAGES as usize) << 12)];
         let mem: GuestMem = Arc::new(GuestMemoryMmap::from_ranges(&ranges).unwrap());
         let synic = FakeSynic::new();
+        let events = Events::default();
         let config = ServerConfig {
             max_version,
             vp_count: 4,
             trace,
             monitor_latency: None,
+            events: events.clone(),
         };
         let server = Server::new(mem.clone(), synic.clone(), config);
         Self {
             mem,
             synic,
             server,
+            events,
             connection: ConnectionId::MESSAGE,
             version: None,
             next_pfn: 16,
@@ -505,6 +511,20 @@ impl FakeChannel {
         completion: bool,
     ) -> Result<(), WriteError> {
         let header = Header::in_band(transaction_id, completion);
+        let result = self.tx.write(header, &[payload]);
+        self.sent(result)
+    }
+
+    /// Sends a completion of a request of the host.
+    ///
+    /// # Errors
+    /// The ring is full, for instance.
+    pub(crate) fn complete(
+        &mut self,
+        transaction_id: u64,
+        payload: &[u8],
+    ) -> Result<(), WriteError> {
+        let header = Header::completion(transaction_id);
         let result = self.tx.write(header, &[payload]);
         self.sent(result)
     }

@@ -584,7 +584,7 @@ impl Vsp for Keeper {
                     byte_offset: 4090.into(),
                 };
                 let _ = writer.complete(transaction, &found);
-                let _ = writer.try_send_transfer_pages(5, 0xcafe, &[range], b"look....", true);
+                let _ = writer.send_transfer_pages(5, 0xcafe, &[range], b"look....", true);
             }
         }));
         Ok(())

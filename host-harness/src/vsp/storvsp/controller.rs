@@ -12,10 +12,11 @@ use hv_proto::storage::{
 use serde::Serialize;
 use std::collections::BTreeMap;
 use std::panic::{AssertUnwindSafe, catch_unwind};
-use std::sync::atomic::{AtomicU32, AtomicU64, Ordering};
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, RwLock, RwLockReadGuard, RwLockWriteGuard};
 use std::thread::JoinHandle;
 
+use super::hostile::Hostility;
 use super::queue::{Job, Queue, Stall};
 use crate::disk::{Bus, IoBuf};
 use crate::scsi::{Completion, Data, LogicalUnit, Target};
@@ -128,6 +129,13 @@ pub(super) struct Channel {
     writer: ChannelWriter,
 }
 
+impl Channel {
+    /// The ring to the guest.
+    pub fn writer(&self) -> &ChannelWriter {
+        &self.writer
+    }
+}
+
 /// What all threads of a controller share.
 struct Inner {
     config: ControllerConfig,
@@ -138,16 +146,7 @@ struct Inner {
     channels: Mutex<BTreeMap<u16, Arc<Channel>>>,
     next_serial: AtomicU64,
     counters: Counters,
-    /// Testing aids: so many of the next answers are dropped, or sent twice.
-    drop_answers: AtomicU32,
-    duplicate_answers: AtomicU32,
-}
-
-/// Takes one from a counter that is not zero.
-fn take_one(counter: &AtomicU32) -> bool {
-    counter
-        .fetch_update(Ordering::Relaxed, Ordering::Relaxed, |n| n.checked_sub(1))
-        .is_ok()
+    hostility: Hostility,
 }
 
 impl Inner {
@@ -270,17 +269,12 @@ impl Inner {
         if answer.srb_status.code() != SrbCode::SUCCESS {
             packet.status = Status::UNSUCCESSFUL;
         }
-        if take_one(&self.drop_answers) {
+        if self.hostility.drops() {
             count(&self.counters.lost_answers);
             return;
         }
         // Decided before anything is sent: the guest must not see the one of its next command.
-        let times = if take_one(&self.duplicate_answers) {
-            2
-        } else {
-            1
-        };
-        for _ in 0..times {
+        for _ in 0..self.hostility.times() {
             self.complete(
                 &job.channel,
                 job.transaction_id,
@@ -439,7 +433,15 @@ impl Inner {
                     ticket: 0,
                 };
                 if valid {
-                    return self.queue.submit(job);
+                    self.hostility
+                        .forge(channel, job.transaction_id, &request, version);
+                    return match self.queue.submit(job) {
+                        Ok(()) => true,
+                        Err(job) => {
+                            self.abort([job]);
+                            false
+                        }
+                    };
                 }
                 count(&self.counters.invalid);
                 let mut answer = request;
@@ -455,6 +457,19 @@ impl Inner {
             Ok(_) => reply(&VstorPacket::completion(Status::NOT_SUPPORTED), version),
         }
         true
+    }
+
+    /// Answers commands that will not be executed because their channel or the controller goes.
+    fn abort(&self, jobs: impl IntoIterator<Item = Job>) {
+        // A dead host does not even do that.
+        if self.queue.stall() == Stall::Everything {
+            return;
+        }
+        for job in jobs {
+            let mut answer = job.request;
+            answer.set_answer(SrbCode::ABORTED, ScsiStatus::GOOD, 0);
+            self.answer(&job, &answer);
+        }
     }
 
     /// Ends all commands, or those of one unit, and resets what they were for.
@@ -578,8 +593,7 @@ impl Controller {
             channels: Mutex::default(),
             next_serial: AtomicU64::new(0),
             counters: Counters::default(),
-            drop_answers: AtomicU32::new(0),
-            duplicate_answers: AtomicU32::new(0),
+            hostility: Hostility::default(),
         });
         let mut controller = Self {
             inner,
@@ -643,14 +657,9 @@ impl Controller {
         self.inner.queue.set_stall(stall);
     }
 
-    /// The next `count` answers are executed but not sent.
-    pub fn drop_answers(&self, count: u32) {
-        self.inner.drop_answers.store(count, Ordering::Relaxed);
-    }
-
-    /// The next `count` answers are sent twice.
-    pub fn duplicate_answers(&self, count: u32) {
-        self.inner.duplicate_answers.store(count, Ordering::Relaxed);
+    /// How it is to answer wrongly.
+    pub fn hostility(&self) -> &Hostility {
+        &self.inner.hostility
     }
 
     /// What was done so far.
@@ -676,7 +685,7 @@ impl Controller {
 
 impl Drop for Controller {
     fn drop(&mut self) {
-        self.inner.queue.end();
+        self.inner.abort(self.inner.queue.end());
         for worker in self.workers.drain(..) {
             // A worker that panicked has been reported already.
             let _ = worker.join();
@@ -724,7 +733,7 @@ impl Vsp for StorVsp {
         let Some(channel) = self.inner.channels().remove(&subchannel_index) else {
             return;
         };
-        self.inner.queue.close(channel.serial);
+        self.inner.abort(self.inner.queue.close(channel.serial));
         if let Some(reader) = self.readers.remove(&subchannel_index) {
             // If it panicked, the rest of the clean-up is still right.
             let _ = reader.join();

@@ -11,16 +11,19 @@
 //!
 //! The guest is not trusted. What it can make the host hold is bounded: commands in flight by
 //! [`MAX_IN_FLIGHT`] a channel (then its ring is not read), bytes a command by the transfer limit
-//! that it was told. Closing a channel drops what is queued, and waits for what runs.
+//! that it was told. Closing a channel aborts what is queued and waits for what runs; each of these
+//! commands is answered, and when that is done nothing touches guest memory any more.
 //!
 //! Layouts and numbers: `hv_proto::storage`, and `drivers/scsi/storvsc_drv.c` of Linux for what a
 //! guest expects.
 
 mod controller;
+mod hostile;
 mod queue;
 mod storage;
 
 pub use controller::{ControllerCounters, MAX_IN_FLIGHT};
+pub use hostile::FORGED_PACKETS;
 pub use queue::Stall;
 pub use storage::{ControllerStatus, DiskStatus, Storage, StorageConfig, StorageError};
 

@@ -86,14 +86,17 @@ impl Queue {
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Adds a command. Waits while the channel has too many in flight. False if the channel is
-    /// closing; the command is then gone.
-    pub fn submit(&self, mut job: Job) -> bool {
+    /// Adds a command. Waits while the channel has too many in flight.
+    ///
+    /// # Errors
+    /// The channel is closing, or there is nobody who executes commands any more: gives the command
+    /// back, which the caller must answer.
+    pub fn submit(&self, mut job: Job) -> Result<(), Job> {
         let channel = job.channel.serial;
         let mut state = self.lock();
         loop {
-            if state.closing.contains(&channel) {
-                return false;
+            if state.ended || state.closing.contains(&channel) {
+                return Err(job);
             }
             let in_flight = state.in_flight.entry(channel).or_default();
             if *in_flight < MAX_IN_FLIGHT {
@@ -110,7 +113,7 @@ impl Queue {
         state.queue.push_back(job);
         drop(state);
         self.work.notify_one();
-        true
+        Ok(())
     }
 
     /// Waits for a command to execute; [`Queue::done`] must follow. `None` at the end.
@@ -186,13 +189,15 @@ impl Queue {
         drop(guard);
     }
 
-    /// A channel closes: forgets its queued commands without answering, and takes no new ones.
-    pub fn close(&self, channel: u64) {
+    /// A channel closes: takes its queued commands out, for the caller to answer, and takes no new
+    /// ones.
+    pub fn close(&self, channel: u64) -> Vec<Job> {
         let mut state = self.lock();
         state.closing.insert(channel);
-        drop(state.remove_queued(|job| job.channel.serial == channel));
+        let taken = state.remove_queued(|job| job.channel.serial == channel);
         drop(state);
         self.progress.notify_all();
+        taken
     }
 
     /// The reader of a closing channel has ended: waits for the commands that run, and forgets
@@ -226,13 +231,15 @@ impl Queue {
         state.queue.len() + state.running.len()
     }
 
-    /// Ends the threads that take commands.
-    pub fn end(&self) {
+    /// Ends the threads that take commands. Gives those that none will take, for the caller to
+    /// answer.
+    pub fn end(&self) -> Vec<Job> {
         let mut state = self.lock();
         state.ended = true;
-        state.queue.clear();
+        let left = std::mem::take(&mut state.queue);
         drop(state);
         self.work.notify_all();
         self.progress.notify_all();
+        left.into()
     }
 }

@@ -387,6 +387,15 @@ impl Storage {
         Ok(())
     }
 
+    /// Makes each request on a disk take so much longer. A testing aid.
+    ///
+    /// # Errors
+    /// There is no such disk.
+    pub fn set_latency(&self, name: &str, latency: Duration) -> Result<(), StorageError> {
+        self.unit(name)?.disk().set_latency(latency);
+        Ok(())
+    }
+
     fn with_controller<R>(
         &self,
         name: &str,
@@ -414,7 +423,7 @@ impl Storage {
     /// # Errors
     /// There is no such controller.
     pub fn drop_answers(&self, controller: &str, count: u32) -> Result<(), StorageError> {
-        self.with_controller(controller, |c| c.drop_answers(count))
+        self.with_controller(controller, |c| c.hostility().set_dropped(count))
     }
 
     /// Hostile host: answers each of the next `count` commands twice.
@@ -422,7 +431,17 @@ impl Storage {
     /// # Errors
     /// There is no such controller.
     pub fn duplicate_answers(&self, controller: &str, count: u32) -> Result<(), StorageError> {
-        self.with_controller(controller, |c| c.duplicate_answers(count))
+        self.with_controller(controller, |c| c.hostility().set_duplicated(count))
+    }
+
+    /// Hostile host: before it executes each of the next `count` commands, sends
+    /// [`super::FORGED_PACKETS`] packets that claim that commands have succeeded, none of which is an
+    /// answer to a command of the guest.
+    ///
+    /// # Errors
+    /// There is no such controller.
+    pub fn forge_answers(&self, controller: &str, count: u32) -> Result<(), StorageError> {
+        self.with_controller(controller, |c| c.hostility().set_forged(count))
     }
 
     /// Takes a whole controller off the bus, with its disks; to the guest this is a rescind.

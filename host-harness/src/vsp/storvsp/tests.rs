@@ -8,7 +8,7 @@ use super::*;
 use crate::disk::{DiskOptions, Fault, FaultKind};
 use crate::vmbus::test_guest::{FakeChannel, FakeGuest, NEVER, SOON};
 use hv_proto::guid::{self, Guid};
-use hv_proto::message::{HostMessage, OfferChannel};
+use hv_proto::message::{CloseChannel, HostMessage, OfferChannel};
 use hv_proto::packet::PacketType;
 use hv_proto::scsi::{ScsiStatus, Sense, SenseKey};
 use hv_proto::storage::{
@@ -21,7 +21,7 @@ use std::collections::BTreeMap;
 use std::fs::File;
 use std::path::PathBuf;
 use std::sync::Arc;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 use tempfile::TempDir;
 use vm_memory::{Bytes, GuestAddress};
 use zerocopy::IntoBytes;
@@ -621,6 +621,118 @@ fn what_the_host_holds_is_bounded_and_a_close_drops_it() {
     handshake(&mut channel, 0);
     let (answer, _) = rig.read(&mut channel, 0, 0, 512, 0);
     assert_good(&answer, 512);
+}
+
+/// Tells the host that a channel is to be closed, and takes its memory back; the rings can be read
+/// afterwards as the host left them.
+fn close(guest: &FakeGuest, channel: &FakeChannel) {
+    guest.post(&CloseChannel {
+        channel_id: channel.id,
+    });
+    guest.teardown_gpadl(channel.id, channel.gpadl);
+}
+
+#[test]
+fn a_close_answers_what_is_queued_and_lets_go_of_memory() {
+    let mut rig = Rig::with_disk();
+    let mut channel = rig.open();
+    let data = rig.guest.pages(20);
+    let read = |count| {
+        let request = ScsiRequest::new(unit(0), &read_10(0, count), DataIn::READ, 4096);
+        VstorPacket::execute(&request.expect("request"))
+    };
+    // One that runs when the close comes, and more than the host reads from the ring.
+    rig.storage
+        .set_latency("disk0", Duration::from_millis(300))
+        .expect("latency");
+    channel.send_gpa(1, (0, 4096), &data[..1], read(8).as_bytes());
+    let deadline = Instant::now() + SOON;
+    while rig.controller().counters.in_flight == 0 {
+        assert!(Instant::now() < deadline);
+    }
+    // A worker has it: the others find the controller stalled.
+    std::thread::sleep(NEVER);
+    rig.storage.stall("scsi0", Stall::Commands).expect("stall");
+    for (&page, id) in data[1..].iter().zip(2..) {
+        channel.send_gpa(id, (0, 4096), &[page], read(8).as_bytes());
+    }
+    while rig.controller().counters.in_flight < data.len() {
+        assert!(Instant::now() < deadline);
+    }
+    close(&rig.guest, &channel);
+
+    let mut ended = BTreeMap::new();
+    while let Some(packet) = channel.take() {
+        let before = ended.insert(packet.transaction_id, answer(&packet.payload));
+        assert!(before.is_none(), "answered twice");
+    }
+    assert!(ended.keys().copied().eq(1..=data.len() as u64));
+    for (id, answer) in ended {
+        if id == 1 {
+            assert_good(&answer, 4096);
+        } else {
+            assert_eq!(answer.srb_status.code(), SrbCode::ABORTED);
+            assert_eq!(answer.data_transfer_length.get(), 0);
+        }
+    }
+
+    // The memory is the guest's again, whatever the host does next.
+    let mem = Arc::clone(&rig.guest.mem);
+    let all = || data.iter().chain(&channel.pages);
+    for &page in all() {
+        mem.write_slice(&[0xa5; 4096], GuestAddress(page << 12))
+            .expect("guest memory");
+    }
+    rig.storage.stall("scsi0", Stall::Off).expect("stall");
+    rig.storage
+        .set_latency("disk0", Duration::ZERO)
+        .expect("latency");
+    let mut other = rig.guest.open(&channel.offer, 8, 1).expect("open");
+    handshake(&mut other, 0);
+    rig.write(&mut other, 0, 0, &[1; 4096], 0);
+    rig.add("new.img", MIB, "");
+    std::thread::sleep(NEVER);
+    for &page in all() {
+        let mut bytes = [0; 4096];
+        mem.read_slice(&mut bytes, GuestAddress(page << 12))
+            .expect("guest memory");
+        assert!(bytes == [0xa5; 4096], "the host wrote to page {page:#x}");
+    }
+}
+
+#[test]
+fn a_dead_host_lets_go_of_memory_without_a_word() {
+    let mut rig = Rig::with_disk();
+    let mut channel = rig.open();
+    rig.storage
+        .stall("scsi0", Stall::Everything)
+        .expect("stall");
+    for id in 1..10 {
+        channel.send(id, command(unit(0), &TEST_UNIT_READY).as_bytes());
+    }
+    close(&rig.guest, &channel);
+    assert!(channel.take().is_none());
+    assert_eq!(rig.controller().counters.in_flight, 0);
+}
+
+#[test]
+fn forged_answers_come_before_the_true_one() {
+    let mut rig = Rig::with_disk();
+    let mut channel = rig.open();
+    rig.storage.forge_answers("scsi0", 1).expect("forge");
+    for id in [60, 61] {
+        channel.send(id, command(unit(0), &TEST_UNIT_READY).as_bytes());
+    }
+    for _ in 0..FORGED_PACKETS {
+        let packet = channel.receive();
+        let is_answer = packet.packet_type == PacketType::COMPLETION;
+        assert_ne!((is_answer, packet.transaction_id), (true, 60));
+        assert_good(&answer(&packet.payload), 0);
+    }
+    let mut ids = [channel.receive(), channel.receive()].map(|packet| packet.transaction_id);
+    ids.sort_unstable();
+    assert_eq!(ids, [60, 61]);
+    assert!(channel.receive_within(NEVER).is_none());
 }
 
 #[test]
