@@ -13,6 +13,7 @@ use crate::{
     cache::Cache,
     guest::{self, GuestArgs},
     l1::{Job, L1},
+    qemu::Qemu,
     rootfs, setup, ui,
 };
 
@@ -174,6 +175,9 @@ fn environment() -> Vec<(String, String)> {
 /// Options of the hidden verb `l1`, the runner for test programs.
 #[derive(Args, Clone, Debug)]
 pub struct L1Args {
+    /// Where QEMU is unpacked
+    #[arg(long)]
+    qemu: PathBuf,
     /// Kernel of the VM
     #[arg(long)]
     kernel: PathBuf,
@@ -209,6 +213,7 @@ pub fn l1_command(l1: &L1) -> Result<Vec<String>> {
     let mut command = vec![
         own_program()?,
         "l1".to_owned(),
+        format!("--qemu={}", l1.qemu.root().display()),
         format!("--kernel={}", l1.kernel.display()),
         format!("--initramfs={}", l1.initramfs.display()),
         format!("--memory={}M", l1.memory),
@@ -243,6 +248,7 @@ pub fn run_l1(arguments: &L1Args) -> Result<u8> {
     keep.push(directory.clone());
     keep.retain(|path| path.exists());
     let l1 = L1 {
+        qemu: Qemu::at(arguments.qemu.clone()),
         kernel: arguments.kernel.clone(),
         initramfs: arguments.initramfs.clone(),
         memory: arguments.memory,

@@ -11,9 +11,8 @@ use crate::{
     cache::Cache,
     cargo::Workspace,
     checkout, cmd, host,
-    host::KvmChoice,
     kernel::{self, Build, KernelSource},
-    kmod,
+    kmod, panics,
     root::{self, BuildRoot},
     ui::Step,
 };
@@ -24,7 +23,7 @@ use crate::{
 ///
 /// Names the first check that found something, with what it printed.
 pub fn run(cache: &Cache, source: &KernelSource) -> Result<()> {
-    host::ensure_packages(&KvmChoice::Direct, &cache.log_path("packages"))?;
+    host::ensure_packages(&cache.log_path("packages"))?;
     ensure_components(cache)?;
     let cargo = |title: &str, arguments: &[&str]| -> Result<()> {
         let log = cache.log_path("check");
@@ -76,6 +75,10 @@ pub fn run(cache: &Cache, source: &KernelSource) -> Result<()> {
         "CLIPPY=1 W=e modules",
         &mut step,
     );
+    finish(step, result, &log)?;
+
+    let mut step = Step::start("no panics in the modules", &log, 10)?;
+    let result = panic_check(&work, &mut step);
     finish(step, result, &log)
 }
 
@@ -118,6 +121,27 @@ fn finish(step: Step, result: Result<()>, log: &Path) -> Result<()> {
         bail!("the check found something (see above)");
     }
     step.done();
+    Ok(())
+}
+
+/// Looks for code that can panic in the modules that are built in `work`.
+fn panic_check(work: &Path, step: &mut Step) -> Result<()> {
+    let mut found = false;
+    for entry in fs::read_dir(work)? {
+        let path = entry?.path();
+        if path.extension().is_none_or(|extension| extension != "ko") {
+            continue;
+        }
+        let module = fs::read(&path).with_context(|| format!("cannot read {}", path.display()))?;
+        let places = panics::find(&module).with_context(|| path.display().to_string())?;
+        for place in places {
+            step.line(&format!("{place}: this can panic"));
+            found = true;
+        }
+    }
+    if found {
+        bail!("code of the modules can panic");
+    }
     Ok(())
 }
 

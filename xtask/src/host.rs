@@ -51,13 +51,25 @@ const PACKAGES: &[HostPackage] = &[
         name: "qemu-utils",
         witness: Witness::Program("qemu-img"),
     },
+    // The guest's network, where nobody says otherwise.
+    HostPackage {
+        name: "passt",
+        witness: Witness::Program("passt"),
+    },
+    // The tests make networks, send data over them, and read captures.
+    HostPackage {
+        name: "iproute2",
+        witness: Witness::Program("ip"),
+    },
+    HostPackage {
+        name: "iperf3",
+        witness: Witness::Program("iperf3"),
+    },
+    HostPackage {
+        name: "tshark",
+        witness: Witness::Program("tshark"),
+    },
 ];
-
-/// Needed only where /dev/kvm does not serve.
-const QEMU: HostPackage = HostPackage {
-    name: "qemu-system-x86",
-    witness: Witness::Program("qemu-system-x86_64"),
-};
 
 /// Needed only without root rights.
 const UIDMAP: HostPackage = HostPackage {
@@ -89,11 +101,8 @@ pub fn is_root() -> bool {
 /// # Errors
 ///
 /// Without root rights: the exact command that installs them. With: those of `apt-get`.
-pub fn ensure_packages(kvm: &KvmChoice, log: &Path) -> Result<()> {
+pub fn ensure_packages(log: &Path) -> Result<()> {
     let mut wanted: Vec<&HostPackage> = PACKAGES.iter().collect();
-    if !kvm.is_direct() {
-        wanted.push(&QEMU);
-    }
     if !is_root() {
         wanted.push(&UIDMAP);
     }

@@ -6,6 +6,7 @@
 #   viridian.drivers=rust|c|none  drivers to load (default: none)
 #   viridian.vmbus=K=V,K=V        parameters of vmbus_drv
 #   viridian.storvsc=K=V,K=V      parameters of storvsc or hv_storvsc
+#   viridian.netvsc=K=V,K=V       parameters of netvsc or hv_netvsc
 #   viridian.root=DEVICE          switch to the system on this disk (/dev/NAME or LABEL=NAME);
 #                                 without it stay here, with the agent on the second serial port
 #   viridian.shell                a shell on the console too, when staying here
@@ -25,12 +26,13 @@ mount -t tmpfs tmpfs /tmp
 mount -t debugfs debugfs /sys/kernel/debug
 ip link set lo up 2> /dev/null
 
-drivers=none root= shell= vmbus= storvsc=
+drivers=none root= shell= vmbus= storvsc= netvsc=
 for word in $(cat /proc/cmdline); do
     case $word in
         viridian.drivers=*) drivers=${word#*=} ;;
         viridian.vmbus=*) vmbus=$(echo "${word#*=}" | tr , ' ') ;;
         viridian.storvsc=*) storvsc=$(echo "${word#*=}" | tr , ' ') ;;
+        viridian.netvsc=*) netvsc=$(echo "${word#*=}" | tr , ' ') ;;
         viridian.root=*) root=${word#*=} ;;
         viridian.shell) shell=1 ;;
     esac
@@ -55,6 +57,15 @@ case $drivers in
     *) fail "viridian.drivers=$drivers is neither rust nor c nor none" ;;
 esac
 
+# Where there is a network adapter: its driver. The system can do without.
+network() {
+    grep -q f8615163-df3e-46c5-913f-f2d2f965ed0e /sys/bus/vmbus/devices/*/class_id 2> /dev/null || return
+    case $drivers in
+        rust) modprobe netvsc $netvsc || echo "initramfs: cannot load netvsc" ;;
+        c) modprobe hv_netvsc $netvsc || echo "initramfs: cannot load hv_netvsc" ;;
+    esac
+}
+
 if [ -n "$root" ]; then
     modprobe ext4
     tries=0
@@ -69,6 +80,7 @@ if [ -n "$root" ]; then
         usleep 50000
     done
     mount -t ext4 -o rw,noatime "$device" /mnt || fail "cannot mount $device"
+    network
     # What the system on the disk does not have: the agent, and the modules of this build.
     mkdir -p /run/viridian
     cp /bin/guest-agent /run/viridian/
@@ -81,6 +93,7 @@ if [ -n "$root" ]; then
 fi
 
 modprobe ext4
+network
 if [ -n "$shell" ]; then
     guest-agent /dev/ttyS1 &
     setsid cttyhack sh

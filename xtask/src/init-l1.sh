@@ -25,6 +25,11 @@ for module in 9pnet_virtio 9p kvm_amd; do
     modprobe $module || fail "cannot load $module"
 done
 
+# For what is asked for later, such as the parts of a guest's network.
+echo /bin/modprobe > /proc/sys/kernel/modprobe
+mkdir -p /dev/net
+[ -e /dev/net/tun ] || mknod /dev/net/tun c 10 200
+
 share() {
     mount -t 9p -o "trans=virtio,version=9p2000.L,msize=262144,$3" "$1" "$2"
 }
@@ -58,6 +63,27 @@ chmod 1777 /host/tmp /host/dev/shm
 ln -s /proc/self/fd /dev/fd
 ip link set lo up
 
+# QEMU's user-mode network, as it is without options.
+if modprobe virtio_net; then
+    ip address add 10.0.2.15/24 dev eth0
+    ip link set eth0 up
+    ip route add default via 10.0.2.2
+    echo nameserver 10.0.2.3 > /resolv.conf
+    names=/host/etc/resolv.conf
+    if [ -L $names ]; then
+        # It leads into /run, where nothing is any more.
+        names=$(readlink $names)
+        case $names in
+            /*) names=/host$names ;;
+            *) names=/host/etc/$names ;;
+        esac
+        mkdir -p "${names%/*}"
+        cp /resolv.conf "$names"
+    elif [ -e $names ]; then
+        mount --bind /resolv.conf $names
+    fi
+fi
+
 while read -r path; do show "/keep$path" "/host$path"; done < /ctl/keep
 while read -r tag path; do
     mkdir -p "/host$path"
@@ -82,6 +108,8 @@ errors=$(port 3)
 input=/dev/null
 [ -e /ctl/stdin ] && input=$(port 1)
 
-chroot /host /bin/sh /tmp/.l1/command < "$input" > "$output" 2> "$errors"
+# The machine's files become the root of the mount namespace: a process that is in a mere chroot may not make
+# a user namespace, as passt does.
+(cd /host && mount --move . / && exec chroot . /bin/sh /tmp/.l1/command) < "$input" > "$output" 2> "$errors"
 echo $? > /ctl/status
 poweroff -f

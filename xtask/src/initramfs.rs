@@ -22,11 +22,36 @@ use crate::{
     ui::Step,
 };
 
-/// What the L1 kernel needs beyond what is built in: the machine's files, and KVM.
-const L1_MODULES: &[&str] = &["9p", "9pnet_virtio", "kvm", "kvm_amd"];
+/// What the L1 kernel needs beyond what is built in: the machine's files, KVM, a network, and what
+/// the networks of guests are made of.
+const L1_MODULES: &[&str] = &[
+    "9p",
+    "9pnet_virtio",
+    "kvm",
+    "kvm_amd",
+    "virtio_net",
+    "tun",
+    "bridge",
+    "veth",
+    "8021q",
+];
 
-/// What the guest's kernel needs: disks and their file system, and the C driver for comparison.
-const GUEST_MODULES: &[&str] = &["scsi_mod", "sd_mod", "sg", "ext4", "loop", "hv_storvsc"];
+/// What the guest's kernel needs: disks and their file system, VLANs, and the C drivers for comparison.
+const GUEST_MODULES: &[&str] = &[
+    "scsi_mod",
+    "sd_mod",
+    "sg",
+    "ext4",
+    "loop",
+    "hv_storvsc",
+    "hv_netvsc",
+    "8021q",
+    "hid",
+    "evdev",
+    "hv_utils",
+    "hid_hyperv",
+    "hyperv_keyboard",
+];
 
 const L1_INIT: &str = include_str!("init-l1.sh");
 const GUEST_INIT: &str = include_str!("init-guest.sh");

@@ -64,6 +64,19 @@ pub enum Build {
     Tree(PathBuf),
 }
 
+impl Kernel {
+    /// Its source tree.
+    pub fn source(&self) -> PathBuf {
+        match &self.build {
+            Build::Root { source, .. } => source.clone(),
+            // A build tree apart from its source has a link to it.
+            Build::Tree(tree) => Some(tree.join("source"))
+                .filter(|path| path.exists())
+                .unwrap_or_else(|| tree.clone()),
+        }
+    }
+}
+
 /// `make` for Debian's kernel, to be run in the build root.
 pub fn make_in_root(release: &str) -> String {
     format!(

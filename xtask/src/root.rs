@@ -40,7 +40,7 @@ pub fn mirror() -> String {
 }
 
 /// `mmdebstrap` in namespaces of its own; ends with us.
-pub fn mmdebstrap(packages: &str, target: &Path, suites: &[&str], hooks: &[String]) -> Command {
+fn mmdebstrap(variant: &str, packages: &str) -> Command {
     let mut command = if host::is_root() {
         let mut command = cmd::tied("unshare");
         command.args(["--mount", "--pid", "--fork", "--kill-child", "mmdebstrap"]);
@@ -49,7 +49,8 @@ pub fn mmdebstrap(packages: &str, target: &Path, suites: &[&str], hooks: &[Strin
         cmd::tied("mmdebstrap")
     };
     command
-        .args(["--verbose", "--variant=apt", "--architectures=amd64"])
+        .args(["--verbose", "--architectures=amd64"])
+        .arg(format!("--variant={variant}"))
         .arg(format!("--include={packages}"))
         .args([
             "--aptopt=Acquire::Languages none",
@@ -59,13 +60,35 @@ pub fn mmdebstrap(packages: &str, target: &Path, suites: &[&str], hooks: &[Strin
             ["man", "doc", "locale", "info", "lintian"]
                 .map(|directory| format!("--dpkgopt=path-exclude=/usr/share/{directory}/*")),
         );
-    for hook in hooks {
-        command.arg(format!("--customize-hook={hook}"));
-    }
+    command
+}
+
+/// Where to, and from which suites of the archive.
+fn from_archive(command: &mut Command, target: &Path, suites: &[&str]) {
     command.arg("--format=directory").arg("trixie").arg(target);
     for suite in suites {
         command.arg(format!("deb {} {suite} main", mirror()));
     }
+}
+
+/// Prepares to install packages in a new tree.
+pub fn install(packages: &str, target: &Path, suites: &[&str], hooks: &[String]) -> Command {
+    let mut command = mmdebstrap("apt", packages);
+    for hook in hooks {
+        command.arg(format!("--customize-hook={hook}"));
+    }
+    from_archive(&mut command, target, suites);
+    command
+}
+
+/// Prepares to unpack packages, and what they depend on, in a new tree: nothing of them is run. They are those of `suite`
+/// where it has them.
+pub fn unpack(packages: &str, target: &Path, suites: &[&str], suite: &str) -> Command {
+    let mut command = mmdebstrap("extract", packages);
+    command
+        .arg(format!("--aptopt=APT::Default-Release \"{suite}\""))
+        .arg("--aptopt=APT::Install-Recommends false");
+    from_archive(&mut command, target, suites);
     command
 }
 
@@ -94,7 +117,7 @@ pub fn ensure(cache: &Cache) -> Result<BuildRoot> {
     let path = cache.get(&recipe, |tmp, step| {
         let suites = ["trixie", "trixie-updates", "trixie-backports"];
         cmd::run_logged(
-            &mut mmdebstrap(PACKAGES, &tmp.join("root"), &suites, &hooks),
+            &mut install(PACKAGES, &tmp.join("root"), &suites, &hooks),
             step,
         )
     })?;
@@ -162,7 +185,7 @@ impl RootScript<'_> {
     pub fn run(self, step: &mut Step) -> Result<()> {
         let root = quote(&self.root.path.to_string_lossy());
         let mut outer = format!(
-            "set -e; R={root}\n\
+            "set -e; R={root}; PATH=$PATH:/usr/sbin:/sbin\n\
              mount --bind \"$R\" \"$R\"; mount -o remount,bind,ro \"$R\"\n\
              mount --rbind /dev \"$R/dev\"; mount -t proc proc \"$R/proc\"; mount -t tmpfs tmpfs \"$R/tmp\"\n\
              mount --bind /etc/resolv.conf \"$R/etc/resolv.conf\"; mount --bind /etc/hosts \"$R/etc/hosts\"\n"

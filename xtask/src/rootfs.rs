@@ -153,7 +153,7 @@ pub fn ensure(cache: &Cache, root: &BuildRoot, kernel: &Kernel) -> Result<PathBu
         let suites = ["trixie", "trixie-updates"];
         let hooks = [CUSTOMIZE.replace("$MASKED", MASKED)];
         cmd::run_logged(
-            &mut root::mmdebstrap(PACKAGES, &tree, &suites, &hooks),
+            &mut root::install(PACKAGES, &tree, &suites, &hooks),
             step,
         )?;
         // The kernel's modules, where an installed kernel has them, and room for modules of one's own.

@@ -18,6 +18,7 @@ use crate::{
     kernel::{self, Kernel, KernelSource},
     kmod,
     l1::L1,
+    qemu::{self, Qemu},
     root, rootfs,
 };
 
@@ -37,8 +38,8 @@ pub struct Ready {
     pub debian: PathBuf,
     /// Cargo's target directory.
     pub target: PathBuf,
-    /// The L1 VM's initramfs, where one is used.
-    pub l1: Option<PathBuf>,
+    /// Where an L1 VM is used: its QEMU and initramfs.
+    pub l1: Option<(Qemu, PathBuf)>,
 }
 
 /// Does everything that is not yet done.
@@ -48,7 +49,7 @@ pub struct Ready {
 /// Those of the steps.
 pub fn run(cache: &Cache, source: &KernelSource, update: bool) -> Result<Ready> {
     let kvm = KvmChoice::probe();
-    host::ensure_packages(&kvm, &cache.log_path("packages"))?;
+    host::ensure_packages(&cache.log_path("packages"))?;
     let workspace = Workspace::load()?;
     let root = root::ensure(cache)?;
     let kernel = kernel::ensure(cache, &root, source, update)?;
@@ -59,7 +60,10 @@ pub fn run(cache: &Cache, source: &KernelSource, update: bool) -> Result<Ready> 
     let l1 = if kvm.is_direct() {
         None
     } else {
-        Some(initramfs::ensure_l1(cache, &root, &kernel)?)
+        Some((
+            qemu::ensure(cache)?,
+            initramfs::ensure_l1(cache, &root, &kernel)?,
+        ))
     };
     let harness = workspace.harness(cache)?;
     Ok(Ready {
@@ -80,7 +84,7 @@ pub fn run(cache: &Cache, source: &KernelSource, update: bool) -> Result<Ready> 
 ///
 /// Those of the steps.
 pub fn modules(cache: &Cache, source: &KernelSource) -> Result<PathBuf> {
-    host::ensure_packages(&KvmChoice::Direct, &cache.log_path("packages"))?;
+    host::ensure_packages(&cache.log_path("packages"))?;
     let workspace = Workspace::load()?;
     let root = root::ensure(cache)?;
     let kernel = kernel::ensure(cache, &root, source, false)?;
@@ -94,7 +98,8 @@ const L1_OVERHEAD: u64 = 2048;
 impl Ready {
     /// The VM that a guest of this size runs in, if one is needed.
     pub fn l1(&self, guest_memory: u64) -> Option<L1> {
-        self.l1.as_ref().map(|initramfs| L1 {
+        self.l1.as_ref().map(|(qemu, initramfs)| L1 {
+            qemu: qemu.clone(),
             kernel: self.kernel.image.clone(),
             initramfs: initramfs.clone(),
             memory: guest_memory + L1_OVERHEAD,
@@ -128,6 +133,7 @@ impl Ready {
             "kernel": text(&self.kernel.image),
             "kernel_release": self.kernel.release,
             "kernel_modules": text(&self.kernel.modules),
+            "lsvmbus": text(&self.kernel.source().join("tools/hv/lsvmbus")),
             "initramfs": text(&self.initramfs),
             "rootfs": text(&self.debian),
             "modules_dir": text(&self.modules),

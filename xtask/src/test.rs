@@ -2,7 +2,7 @@
 
 //! `test`: the checks, and all tests of the workspace. Those that boot guests run in one L1 VM where there is no usable KVM.
 
-use std::{fs, time::Duration};
+use std::{fs, path::PathBuf};
 
 use anyhow::{Context, Result, bail};
 use clap::Args;
@@ -10,11 +10,12 @@ use clap::Args;
 use crate::{
     KernelArgs, boot,
     cache::Cache,
-    check, checkout, cmd,
-    cmd::Interrupted,
+    check, checkout,
+    cmd::{self, Interrupted},
+    e2e,
     l1::L1,
     setup::{self, Ready},
-    ui,
+    ui::{self, Step},
 };
 
 /// The crate whose tests boot guests.
@@ -23,8 +24,8 @@ const END_TO_END: &str = "viridian-tests";
 /// Memory of the guests of one test, all together, in MiB.
 const GUEST_MEMORY: u64 = 2048;
 
-/// Longest time of the end-to-end tests in the L1 VM.
-const LIMIT: Duration = Duration::from_secs(60 * 60);
+/// The most batches of them at once.
+const WORKERS: usize = 8;
 
 /// Options of `test`.
 #[derive(Args, Clone, Debug)]
@@ -57,40 +58,77 @@ pub fn run(cache: &Cache, test: &TestArgs) -> Result<()> {
         if ready.is_some() && test.filters.is_empty() {
             check::run(cache, &test.kernel.source())?;
         }
-        cargo_test(
-            cmd::cargo().args(["test", "--locked", "--workspace", "--exclude", END_TO_END]),
-            &[],
-            test,
-        )?;
+        unit(test)?;
     }
     if let Some(ready) = &ready {
-        end_to_end(ready, test)?;
+        end_to_end(cache, ready, test)?;
     }
     Ok(())
 }
 
-fn cargo_test(
-    command: &mut std::process::Command,
-    options: &[&str],
-    test: &TestArgs,
-) -> Result<()> {
-    let status = command
-        .current_dir(checkout())
-        .arg("--")
-        .args(options)
-        .args(&test.filters)
-        .status()
-        .context("cannot start cargo")?;
-    if cmd::interrupted() {
-        bail!(Interrupted);
-    }
-    if !status.success() {
-        bail!("tests failed");
-    }
-    Ok(())
+/// All tests that boot no guest.
+fn unit(test: &TestArgs) -> Result<()> {
+    let run = |arguments: &[&str]| -> Result<()> {
+        let status = cmd::cargo()
+            .current_dir(checkout())
+            .args(["test", "--locked"])
+            .args(arguments)
+            .arg("--")
+            .args(&test.filters)
+            .status()
+            .context("cannot start cargo")?;
+        if cmd::interrupted() {
+            bail!(Interrupted);
+        }
+        if !status.success() {
+            bail!("tests failed");
+        }
+        Ok(())
+    };
+    run(&["--workspace", "--exclude", END_TO_END])?;
+    run(&["--package", END_TO_END, "--lib"])
 }
 
-fn end_to_end(ready: &Ready, test: &TestArgs) -> Result<()> {
+/// Builds the program of the tests that boot guests. Optimized: the harness is part of it.
+fn build(cache: &Cache) -> Result<PathBuf> {
+    let mut step = Step::start_quiet("end-to-end tests", &cache.log_path("e2e"), 120)?;
+    let build = || {
+        let mut command = cmd::cargo();
+        command
+            .current_dir(checkout())
+            .args(["test", "--locked", "--release", "--no-run"])
+            .args(["--package", END_TO_END, "--test", "e2e"]);
+        command
+    };
+    cmd::run_logged(&mut build(), &mut step).context("the build of the end-to-end tests failed")?;
+    // It is built: now cargo only says where.
+    let messages = cmd::output(build().arg("--message-format=json"))?;
+    let program = messages
+        .lines()
+        .filter_map(|line| serde_json::from_str::<serde_json::Value>(line).ok())
+        .find_map(|message| Some(PathBuf::from(message["executable"].as_str()?)))
+        .context("cargo does not name the program of the end-to-end tests")?;
+    step.done();
+    Ok(program)
+}
+
+/// How many batches run at once: each has its VM's or guests' memory and keeps a processor busy.
+fn workers(ready: &Ready) -> usize {
+    let memory = ready.l1(GUEST_MEMORY).map_or(GUEST_MEMORY, |l1| l1.memory);
+    let available = std::fs::read_to_string("/proc/meminfo")
+        .ok()
+        .and_then(|text| {
+            let line = text
+                .lines()
+                .find(|line| line.starts_with("MemAvailable:"))?;
+            line.split_whitespace().nth(1)?.parse::<u64>().ok()
+        })
+        .map_or(memory, |kib| kib / 1024);
+    let fit = usize::try_from(available / memory).unwrap_or(WORKERS);
+    crate::cpus().min(fit).clamp(1, WORKERS)
+}
+
+fn end_to_end(cache: &Cache, ready: &Ready, test: &TestArgs) -> Result<()> {
     ready.kvm.announce();
     let artefacts = ready.target.join("artefacts");
     fs::create_dir_all(&artefacts)
@@ -100,26 +138,26 @@ fn end_to_end(ready: &Ready, test: &TestArgs) -> Result<()> {
         .with_context(|| format!("cannot write {}", manifest.display()))?;
     ui::info(&format!("tests leave logs in {}", artefacts.display()));
 
-    let mut command = cmd::cargo();
-    // Optimized: the harness is part of the test programs.
-    command
-        .args(["test", "--locked", "--release", "--package", END_TO_END])
-        .env("VIRIDIAN_MANIFEST", &manifest);
+    let path = build(cache)?;
+    let mut runner = Vec::new();
     if let Some(l1) = ready.l1(GUEST_MEMORY) {
         let mut keep = l1.keep.clone();
         keep.extend([checkout(), ready.target.clone()]);
-        let runner = boot::l1_command(&L1 {
-            timeout: Some(LIMIT),
+        runner = boot::l1_command(&L1 {
+            timeout: Some(e2e::BATCH_LIMIT),
             writable: vec![artefacts],
             keep,
             ..l1
         })?;
-        // A list of strings in TOML is one in JSON.
-        command.arg("--config").arg(format!(
-            "target.x86_64-unknown-linux-gnu.runner={}",
-            serde_json::to_string(&runner)?
-        ));
     }
-    // These tests take long: what one says is shown when it says it.
-    cargo_test(&mut command, &["--nocapture"], test)
+    e2e::Program {
+        path,
+        runner,
+        environment: vec![(
+            "VIRIDIAN_MANIFEST".to_owned(),
+            manifest.to_string_lossy().into_owned(),
+        )],
+        workers: workers(ready),
+    }
+    .run(&test.filters)
 }
