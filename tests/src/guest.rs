@@ -5,6 +5,7 @@
 use std::fmt;
 use std::io::Write;
 use std::os::unix::net::UnixStream;
+use std::path::PathBuf;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
@@ -75,6 +76,7 @@ pub struct GuestBuilder {
     disks: Vec<DiskOptions>,
     host_version: Version,
     monitor_latency: Option<Duration>,
+    trace: Option<PathBuf>,
     words: Vec<String>,
     debian: bool,
     tools: bool,
@@ -114,6 +116,13 @@ impl GuestBuilder {
     #[must_use]
     pub fn monitor_latency(mut self, latency: Duration) -> Self {
         self.monitor_latency = Some(latency);
+        self
+    }
+
+    /// Write a trace of the bus to this file; see [`host_harness::vmbus::Trace`].
+    #[must_use]
+    pub fn trace(mut self, file: PathBuf) -> Self {
+        self.trace = Some(file);
         self
     }
 
@@ -196,6 +205,7 @@ impl GuestBuilder {
         let mut config = HostConfig::new(vm);
         config.vmbus = Some(self.host_version);
         config.monitor_latency = self.monitor_latency;
+        config.trace = self.trace;
         config.disks = disks;
         let host = Host::start(config)?;
         let agent = Client::new(agent_here)?;
@@ -259,6 +269,7 @@ impl Guest {
             disks: Vec::new(),
             host_version: Version::V5_3,
             monitor_latency: None,
+            trace: None,
             words: Vec::new(),
             debian: false,
             tools: false,
@@ -269,6 +280,11 @@ impl Guest {
     /// The host's side.
     pub fn host(&self) -> &Host {
         &self.host
+    }
+
+    /// The host's side, to be changed.
+    pub fn host_mut(&mut self) -> &mut Host {
+        &mut self.host
     }
 
     /// The VMBus version in use, as the host knows it.
@@ -292,6 +308,24 @@ impl Guest {
         Ok(format!("/sys/bus/vmbus/devices/{}", controller.instance))
     }
 
+    /// Wait until something holds on the host's side.
+    ///
+    /// # Errors
+    ///
+    /// When it did not within [`COMMAND`].
+    pub fn until(&self, what: &str, holds: impl Fn() -> bool) -> Result<()> {
+        let deadline = Instant::now() + COMMAND;
+        while !holds() {
+            ensure!(
+                Instant::now() < deadline,
+                "never came true: {what}\n--- log\n{}",
+                self.last_words()
+            );
+            std::thread::sleep(Duration::from_millis(20));
+        }
+        Ok(())
+    }
+
     /// Which drivers it runs.
     pub fn drivers(&self) -> Drivers {
         self.drivers
@@ -300,6 +334,11 @@ impl Guest {
     /// What it printed on its console so far.
     pub fn console(&self) -> String {
         self.console.to_string()
+    }
+
+    /// The console, which can still be read when the guest has ended.
+    pub fn console_handle(&self) -> Console {
+        self.console.clone()
     }
 
     /// Run a shell command and give its end, whatever its status.
@@ -384,7 +423,7 @@ impl Guest {
         )
     }
 
-    /// Jump into the kernel that was loaded for kexec, and wait for the agent there.
+    /// Jump into the kernel that was loaded for kexec with Debian's tools, and wait for the agent and the tools there.
     ///
     /// # Errors
     ///
@@ -402,7 +441,7 @@ impl Guest {
             // The old kernel may have answered: only another boot is the new one.
             match self.agent.run(boot_id, Duration::from_secs(5)) {
                 Ok(output) if output.status == 0 && output.stdout.trim_end() != old => {
-                    return Ok(());
+                    return self.mount_tools();
                 }
                 _ => std::thread::sleep(Duration::from_millis(200)),
             }

@@ -17,6 +17,8 @@ pub struct Manifest {
     pub kernel: PathBuf,
     /// Its release, as `uname -r` gives it.
     pub kernel_release: String,
+    /// `lsvmbus` of the kernel's source, which Debian's hyperv-daemons package does not have.
+    pub lsvmbus: PathBuf,
     /// The small user space: busybox, all drivers, the agent.
     pub initramfs: PathBuf,
     /// A Debian root file system: an ext4 image. Guests write to snapshots of it only.

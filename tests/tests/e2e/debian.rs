@@ -2,7 +2,10 @@
 
 //! A whole Debian, from its root disk.
 
+use std::time::{Duration, Instant};
+
 use anyhow::{Result, ensure};
+use viridian_tests::guest::COMMAND;
 use viridian_tests::{Drivers, Guest, both_drivers};
 
 both_drivers!(boots_to_its_login_prompt);
@@ -14,6 +17,15 @@ fn boots_to_its_login_prompt(drivers: Drivers) -> Result<()> {
         "systemd"
     );
     guest.wait_for("systemctl is-active serial-getty@ttyS0")?;
+    let deadline = Instant::now() + COMMAND;
+    while !guest.console().contains("login: ") {
+        ensure!(
+            Instant::now() < deadline,
+            "no login prompt on the console:\n{}",
+            guest.console()
+        );
+        std::thread::sleep(Duration::from_millis(100));
+    }
     let root = guest.sh("findmnt -n -o SOURCE,FSTYPE /")?;
     ensure!(
         root.starts_with("/dev/sd") && root.ends_with("ext4"),

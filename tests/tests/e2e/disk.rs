@@ -5,7 +5,7 @@
 use std::process::Command;
 use std::time::Duration;
 
-use anyhow::{Result, ensure};
+use anyhow::{Context, Result, ensure};
 use host_harness::disk::{DiskOptions, Fault, FaultKind, Format};
 use viridian_tests::{Drivers, Guest, both_drivers};
 
@@ -13,6 +13,8 @@ use crate::images::{Images, MIB, check_ext4, sha256, tool};
 
 both_drivers!(
     reads_what_the_image_holds,
+    reads_a_large_file,
+    transfers_as_much_as_a_request_takes,
     writes_reach_the_image,
     ext4_keeps_files,
     fio_verifies_on_several_cpus,
@@ -36,6 +38,64 @@ fn reads_what_the_image_holds(drivers: Drivers) -> Result<()> {
     let disk = guest.disk(0, 0)?;
     let sum = guest.sh(&format!("sha256sum < /dev/{disk} | cut -d' ' -f1"))?;
     ensure!(sum == sha256(&path)?, "the guest read something else");
+    guest.check_log(&[])?;
+    guest.power_off()
+}
+
+fn reads_a_large_file(drivers: Drivers) -> Result<()> {
+    let images = Images::new()?;
+    let file = images.random("large", 260 * MIB + 12345, 11)?;
+    let want = sha256(&file)?;
+    let path = images.ext4_with("fs.raw", 300 * MIB, &[(&file, "large")])?;
+    std::fs::remove_file(file)?;
+    let guest = Guest::with(drivers).disk(DiskOptions::new(&path)).boot()?;
+    let disk = guest.disk(0, 0)?;
+    let sum = guest.sh_for(
+        &format!("mkdir -p /mnt && mount -t ext4 -o ro /dev/{disk} /mnt && sha256sum < /mnt/large | cut -d' ' -f1"),
+        Duration::from_secs(300),
+    )?;
+    ensure!(sum == want, "the guest read something else");
+    guest.check_log(&[])?;
+    guest.power_off()
+}
+
+fn transfers_as_much_as_a_request_takes(drivers: Drivers) -> Result<()> {
+    let images = Images::new()?;
+    let path = images.random("data.raw", 8 * MIB, 12)?;
+    let guest = Guest::with(drivers).disk(DiskOptions::new(&path)).boot()?;
+    let disk = guest.disk(0, 0)?;
+    let queue = format!("/sys/block/{disk}/queue");
+    let largest: u64 = guest
+        .sh(&format!(
+            "cd {queue} && cat max_hw_sectors_kb > max_sectors_kb && cat max_sectors_kb"
+        ))?
+        .parse()?;
+    let counters = || {
+        let disks = guest.host().storage().disks();
+        let disk = disks.into_iter().find(|disk| disk.name == "disk0");
+        Ok::<_, anyhow::Error>(disk.context("no disk")?.counters)
+    };
+    // Ten commands; none may be split, or there were more.
+    let before = counters()?;
+    guest.sh(&format!(
+        "dd if=/dev/{disk} of=/tmp/data bs={largest}k count=5 iflag=direct 2>&1 && \
+         dd if=/tmp/data of=/dev/{disk} bs={largest}k count=5 seek=6 oflag=direct 2>&1"
+    ))?;
+    let after = counters()?;
+    let bytes = 5 * largest * 1024;
+    ensure!(
+        after.read_bytes - before.read_bytes == bytes
+            && after.written_bytes - before.written_bytes == bytes,
+        "not {bytes} bytes each way: {before:?}, {after:?}"
+    );
+    ensure!(
+        after.commands - before.commands == 10,
+        "not ten commands of {largest} KiB: {before:?}, {after:?}"
+    );
+    let same = guest.sh(&format!(
+        "dd if=/dev/{disk} bs={largest}k count=5 skip=6 2>/dev/null | cmp - /tmp/data && echo same"
+    ))?;
+    ensure!(same == "same", "what was written reads differently");
     guest.check_log(&[])?;
     guest.power_off()
 }
@@ -81,25 +141,44 @@ fn ext4_keeps_files(drivers: Drivers) -> Result<()> {
     check_ext4(&path)
 }
 
+/// The CPUs of [`fio_verifies_on_several_cpus`], and as many channels.
+const CPUS: u32 = 4;
+
 fn fio_verifies_on_several_cpus(drivers: Drivers) -> Result<()> {
     let images = Images::new()?;
     let path = images.blank("data.raw", 256 * MIB)?;
     let guest = Guest::with(drivers)
-        .cpus(2)
+        .cpus(CPUS)
         .disk(DiskOptions::new(&path))
         .tools()
         .boot()?;
     let disk = guest.disk(0, 0)?;
-    // Two jobs, each on a CPU of its own; sizes from 512 bytes to 2 MiB, so that the largest are split; buffers
-    // that start 512 bytes into a page.
+    let channels = format!("{}/channels", guest.controller("scsi0")?);
+    guest.wait_for(&format!("test $(ls {channels} | wc -l) = {CPUS}"))?;
+    let interrupts = || {
+        let text = guest.sh(&format!("cat {channels}/*/interrupts"))?;
+        let numbers = text.lines().map(str::parse);
+        Ok::<_, anyhow::Error>(numbers.collect::<Result<Vec<u64>, _>>()?)
+    };
+    let before = interrupts()?;
+    // A job on each CPU; sizes from 512 bytes to 2 MiB, so that requests are as large as they can be and the largest
+    // are split; buffers that start 512 bytes into a page.
+    guest.sh(&format!(
+        "cd /sys/block/{disk}/queue && cat max_hw_sectors_kb > max_sectors_kb"
+    ))?;
     guest.tool_for(
         &format!(
             "fio --name=v --filename=/dev/{disk} --rw=randwrite --bsrange=512-2M --bs_unaligned=0 --blockalign=512 --direct=1 \
-             --ioengine=libaio --iodepth=16 --iomem_align=512 --size=48M --numjobs=2 --offset_increment=64M --cpus_allowed=0-1 \
-             --cpus_allowed_policy=split --verify=crc32c --verify_fatal=1 --do_verify=1 --group_reporting --minimal"
+             --ioengine=libaio --iodepth=16 --iomem_align=512 --size=24M --numjobs={CPUS} --offset_increment=64M \
+             --cpus_allowed=0-{} --cpus_allowed_policy=split --verify=crc32c --verify_fatal=1 --do_verify=1 \
+             --group_reporting --minimal",
+            CPUS - 1
         ),
         Duration::from_secs(300),
     )?;
+    for (channel, (after, before)) in interrupts()?.into_iter().zip(before).enumerate() {
+        ensure!(after > before, "channel {channel} was not used");
+    }
     guest.check_log(&[])?;
     guest.power_off()
 }

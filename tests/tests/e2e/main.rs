@@ -3,8 +3,13 @@
 //! End-to-end tests. Each boots guests of its own; each runs for the C drivers and for ours.
 
 mod bus;
+mod control;
 mod debian;
 mod disk;
+mod hostile;
+mod hostile_bus;
 mod images;
 mod lifecycle;
+mod lsvmbus;
 mod monitor;
+mod parity;

@@ -1,0 +1,272 @@
+// SPDX-License-Identifier: MIT OR Apache-2.0
+
+//! Storage hosts that fall silent, lose answers, or answer what nobody asked.
+
+use std::time::Duration;
+
+use anyhow::{Context, Result, ensure};
+use host_harness::disk::DiskOptions;
+use host_harness::vsp::storvsp::{ControllerCounters, FORGED_PACKETS, Stall};
+use viridian_tests::guest::COMMAND;
+use viridian_tests::{Drivers, Guest, our_drivers};
+
+use crate::images::{Images, MIB, sha256};
+
+// The C storvsc waits for an answer for ever (`storvsc_eh_timed_out` always starts the timer anew), so that
+// nothing of this ends with it; and it takes a second answer to a command for the first answer to the next
+// command with that tag.
+our_drivers!(
+    dead_host_fails_io_and_may_come_back,
+    unbind_bind_and_rmmod_end_with_a_dead_host,
+    reset_brings_stuck_commands_back,
+    lost_answer_is_recovered,
+    wrong_answers_change_nothing,
+);
+
+/// What the drivers and the kernel say about commands that were not answered.
+const NOT_ANSWERED: &[&str] = &[
+    "tag#",
+    "resetting the controller",
+    "giving up on all commands",
+    "unexpected packet",
+    "sd ",
+    "[sd",
+    "suppressed",
+];
+
+/// A second disk, which nothing happens to at first.
+const SECOND: u8 = 1;
+
+/// A guest with two disks on one controller whose driver has little patience.
+fn impatient(drivers: Drivers, images: &Images) -> Result<Guest> {
+    let mut second = DiskOptions::new(images.random("second.raw", 2 * MIB, 2)?);
+    second.lun = Some(SECOND);
+    let guest = Guest::with(drivers)
+        .cpus(2)
+        .disk(DiskOptions::new(images.random("first.raw", 8 * MIB, 1)?))
+        .disk(second)
+        .boot()?;
+    set_patience(&guest)?;
+    Ok(guest)
+}
+
+fn set_patience(guest: &Guest) -> Result<()> {
+    let first = guest.disk(0, 0)?;
+    let second = guest.disk(0, SECOND)?;
+    // The second disk's commands would take longer than any command of a test may.
+    guest.sh(&format!(
+        "set -e; cd /sys/module/storvsc/parameters; echo 0 > timeout_extensions; echo 3 > host_timeout
+         echo 2 > /sys/block/{first}/device/timeout; echo {} > /sys/block/{second}/device/timeout",
+        COMMAND.as_secs() + 60
+    ))?;
+    Ok(())
+}
+
+fn stall(guest: &Guest, stall: Stall) -> Result<()> {
+    Ok(guest.host().storage().stall("scsi0", stall)?)
+}
+
+/// Reads the disk of this name past the cache.
+fn read(disk: &str) -> String {
+    format!("dd if=/dev/{disk} bs=64k iflag=direct 2>/dev/null | sha256sum | cut -d' ' -f1")
+}
+
+fn check_disk(guest: &Guest, images: &Images, lun: u8, image: &str) -> Result<()> {
+    let sum = guest.sh(&read(&guest.disk(0, lun)?))?;
+    ensure!(
+        sum == sha256(&images.path(image))?,
+        "LUN {lun} reads something else"
+    );
+    Ok(())
+}
+
+fn counters(guest: &Guest) -> Result<ControllerCounters> {
+    let controllers = guest.host().storage().controllers();
+    let first = controllers.into_iter().find(|c| c.name == "scsi0");
+    Ok(first.context("no controller")?.counters)
+}
+
+/// Sum of a counter of all channels, which the driver shows in debugfs.
+fn driver_counter(guest: &Guest, name: &str) -> Result<u64> {
+    let device = guest.controller("scsi0")?;
+    let device = device.rsplit('/').next().unwrap_or_default();
+    let text = guest.sh(&format!(
+        "test -d /sys/kernel/debug/storvsc-{device} || mount -t debugfs none /sys/kernel/debug
+         cat /sys/kernel/debug/storvsc-{device}/channels"
+    ))?;
+    let mut sum = 0;
+    for line in text.lines() {
+        let mut words = line.split_whitespace();
+        words.find(|&word| word == name);
+        let value = words.next();
+        sum += value
+            .with_context(|| format!("no {name}: {text}"))?
+            .parse::<u64>()?;
+    }
+    Ok(sum)
+}
+
+fn dead_host_fails_io_and_may_come_back(drivers: Drivers) -> Result<()> {
+    let images = Images::new()?;
+    let guest = impatient(drivers, &images)?;
+    let (first, second) = (guest.disk(0, 0)?, guest.disk(0, SECOND)?);
+    let unknown = driver_counter(&guest, "unknown")?;
+    stall(&guest, Stall::Everything)?;
+    let readers: Vec<_> = (0..4)
+        .map(|n| {
+            guest.spawn(&format!(
+                "dd if=/dev/{first} of=/dev/null bs=16k skip={n} count=1 iflag=direct"
+            ))
+        })
+        .collect::<Result<_>>()?;
+    for reader in readers {
+        let output = reader.wait(COMMAND)?;
+        ensure!(output.status != 0, "a read succeeded: {output}");
+    }
+    ensure!(
+        guest.sh(&format!("cat /sys/block/{first}/device/state"))? == "offline",
+        "the disk is not offline"
+    );
+    // The other disk did not have to wait for anything yet; now its commands fail at once.
+    for rw in [
+        format!("if=/dev/{second} of=/dev/null iflag=direct"),
+        format!("if=/dev/zero of=/dev/{second} oflag=direct"),
+    ] {
+        let output = guest.run(&format!("dd {rw} bs=4k count=1"))?;
+        ensure!(output.status != 0, "I/O succeeded: {output}");
+    }
+
+    // What the host does late is no answer to anything that the guest asks then.
+    let before = counters(&guest)?;
+    ensure!(before.in_flight >= 4, "the host has nothing to do late");
+    stall(&guest, Stall::Off)?;
+    guest.wait_for("dmesg | grep 'the host is back'")?;
+    guest.sh(&format!("echo running > /sys/block/{first}/device/state"))?;
+    check_disk(&guest, &images, 0, "first.raw")?;
+    check_disk(&guest, &images, SECOND, "second.raw")?;
+    let late = driver_counter(&guest, "unknown")? - unknown;
+    ensure!(
+        late == before.in_flight as u64,
+        "{late} late answers, not {}",
+        before.in_flight
+    );
+    guest.check_log(NOT_ANSWERED)?;
+    guest.power_off()
+}
+
+fn unbind_bind_and_rmmod_end_with_a_dead_host(drivers: Drivers) -> Result<()> {
+    let images = Images::new()?;
+    let guest = impatient(drivers, &images)?;
+    let first = guest.disk(0, 0)?;
+    let device = guest.controller("scsi0")?;
+    let device = device.rsplit('/').next().unwrap_or_default();
+    let driver = "/sys/bus/vmbus/drivers/storvsc";
+
+    // Unbind, with commands on their way.
+    stall(&guest, Stall::Everything)?;
+    let reader = guest.spawn(&format!(
+        "dd if=/dev/{first} of=/dev/null bs=64k iflag=direct"
+    ))?;
+    guest.sh(&format!("echo {device} > {driver}/unbind"))?;
+    ensure!(reader.wait(COMMAND)?.status != 0, "a read succeeded");
+    guest.sh(&format!("! test -e /sys/block/{first}"))?;
+    // Bind, with nobody who answers the handshake.
+    let output = guest.run(&format!("echo {device} > {driver}/bind"))?;
+    ensure!(output.status != 0, "a dead controller was bound: {output}");
+    stall(&guest, Stall::Off)?;
+    guest.sh(&format!("echo {device} > {driver}/bind"))?;
+    check_disk(&guest, &images, 0, "first.raw")?;
+
+    // Unload, with caches to be flushed.
+    set_patience(&guest)?;
+    guest.sh("for file in /sys/block/*/device/timeout; do echo 2 > $file; done")?;
+    stall(&guest, Stall::Everything)?;
+    guest.sh("rmmod storvsc")?;
+    stall(&guest, Stall::Off)?;
+    guest.sh("modprobe storvsc")?;
+    check_disk(&guest, &images, 0, "first.raw")?;
+    check_disk(&guest, &images, SECOND, "second.raw")?;
+    guest.check_log(&[NOT_ANSWERED, &["probe"]].concat())?;
+    guest.power_off()
+}
+
+fn reset_brings_stuck_commands_back(drivers: Drivers) -> Result<()> {
+    let images = Images::new()?;
+    let guest = impatient(drivers, &images)?;
+    let first = guest.disk(0, 0)?;
+    stall(&guest, Stall::Commands)?;
+    let reader = guest.spawn(&read(&first))?;
+    for _ in 0..600 {
+        if counters(&guest)?.resets > 0 {
+            break;
+        }
+        std::thread::sleep(Duration::from_millis(100));
+    }
+    stall(&guest, Stall::Off)?;
+    let output = reader.wait(COMMAND)?;
+    ensure!(
+        output.stdout.trim_end() == sha256(&images.path("first.raw"))?,
+        "the read came to nothing: {output}"
+    );
+    ensure!(counters(&guest)?.resets > 0, "the guest asked for no reset");
+    check_disk(&guest, &images, SECOND, "second.raw")?;
+    guest.check_log(NOT_ANSWERED)?;
+    guest.power_off()
+}
+
+fn lost_answer_is_recovered(drivers: Drivers) -> Result<()> {
+    let images = Images::new()?;
+    let guest = impatient(drivers, &images)?;
+    for round in 1..=3 {
+        guest.host().storage().drop_answers("scsi0", 1)?;
+        check_disk(&guest, &images, 0, "first.raw")?;
+        let counters = counters(&guest)?;
+        ensure!(
+            (counters.lost_answers, counters.resets) == (round, round),
+            "answers lost, resets: {counters:?}"
+        );
+    }
+    guest.check_log(NOT_ANSWERED)?;
+    guest.power_off()
+}
+
+fn wrong_answers_change_nothing(drivers: Drivers) -> Result<()> {
+    let images = Images::new()?;
+    let guest = Guest::with(drivers)
+        .cpus(2)
+        .disk(DiskOptions::new(images.blank("data.raw", 64 * MIB)?))
+        .tools()
+        .boot()?;
+    let disk = guest.disk(0, 0)?;
+    let storage = guest.host().storage();
+    let (commands, unknown) = (
+        counters(&guest)?.commands,
+        driver_counter(&guest, "unknown")?,
+    );
+    storage.forge_answers("scsi0", u32::MAX)?;
+    storage.duplicate_answers("scsi0", u32::MAX)?;
+    guest.tool_for(
+        &format!(
+            "fio --name=v --filename=/dev/{disk} --rw=randrw --bs=4k --direct=1 --ioengine=libaio --iodepth=16 --size=4M \
+             --numjobs=2 --offset_increment=32M --cpus_allowed=0-1 --cpus_allowed_policy=split --verify=crc32c \
+             --verify_fatal=1 --do_verify=1 --group_reporting --minimal"
+        ),
+        Duration::from_secs(240),
+    )?;
+    storage.forge_answers("scsi0", 0)?;
+    storage.duplicate_answers("scsi0", 0)?;
+    let commands = counters(&guest)?.commands - commands;
+    let unknown = driver_counter(&guest, "unknown")? - unknown;
+    ensure!(commands > 1000, "no more than {commands} commands");
+    ensure!(
+        unknown == commands * (FORGED_PACKETS + 1),
+        "{unknown} packets counted that {commands} commands were disturbed by"
+    );
+    let lines: u64 = guest.sh("dmesg | grep -c 'unexpected packet'")?.parse()?;
+    ensure!(
+        lines > 0 && lines * 10 < unknown,
+        "{lines} lines in the log about {unknown} packets"
+    );
+    guest.check_log(&["unexpected packet"])?;
+    guest.power_off()
+}
