@@ -7,7 +7,7 @@
 //!     store/NAME-KEY/           finished products; never changed after they appear
 //!     tmp/                      products being made; renamed into store/ when complete
 //!     log/NAME.log              what the last run of each step printed
-//!     setup.lock                held while a set-up runs
+//!     store.lock                held by the process that makes something
 //!     use.lock                  shared by all who use the store; `clean` takes it exclusively
 //! ```
 //!
@@ -20,6 +20,7 @@ use std::{
     os::unix::fs::DirBuilderExt,
     path::{Path, PathBuf},
     process::Command,
+    sync::{Arc, Mutex, PoisonError, Weak},
     time::SystemTime,
 };
 
@@ -77,6 +78,8 @@ impl Key {
 pub struct Cache {
     root: PathBuf,
     _use_lock: File,
+    /// The lock of the store, while steps of this process hold it.
+    store_lock: Mutex<Weak<File>>,
 }
 
 /// One step of the set-up: what it makes, and from what.
@@ -154,11 +157,20 @@ impl Cache {
         Ok(Self {
             root,
             _use_lock: use_lock,
+            store_lock: Mutex::default(),
         })
     }
 
-    /// Waits until no other process makes something, and removes what interrupted ones left.
-    fn lock_store(&self) -> Result<File> {
+    /// Waits until no other process makes something, and removes what interrupted ones left. Steps of this process
+    /// share the lock.
+    fn lock_store(&self) -> Result<Arc<File>> {
+        let mut held = self
+            .store_lock
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner);
+        if let Some(file) = held.upgrade() {
+            return Ok(file);
+        }
         let file = lock_file(&self.root.join("store.lock"))?;
         match file.try_lock() {
             Ok(()) => {}
@@ -177,6 +189,8 @@ impl Cache {
                 remove_tree(&path).with_context(|| format!("cannot remove {}", path.display()))?;
             }
         }
+        let file = Arc::new(file);
+        *held = Arc::downgrade(&file);
         Ok(file)
     }
 
@@ -205,10 +219,11 @@ impl Cache {
 
     /// Removes a product: out of the store at once, then at leisure.
     fn discard(&self, path: &Path) -> io::Result<()> {
+        let name = path.file_name().unwrap_or_default().to_string_lossy();
         let gone = self
             .root
             .join("tmp")
-            .join(format!("old-{}", std::process::id()));
+            .join(format!("old-{name}-{}", std::process::id()));
         fs::rename(path, &gone)?;
         remove_tree(&gone)
     }

@@ -35,11 +35,40 @@ pub fn catch_signals() -> Result<()> {
     Ok(())
 }
 
-/// Whether the user asked us to stop.
+/// Whether the user asked us to stop, or what runs beside us failed.
 pub fn interrupted() -> bool {
     INTERRUPTED
         .get()
         .is_some_and(|flag| flag.load(Ordering::Relaxed))
+        || ABANDONED.load(Ordering::Relaxed)
+}
+
+/// What ran side by side failed in one place: the rest ends too.
+static ABANDONED: AtomicBool = AtomicBool::new(false);
+
+/// Ends what runs side by side when `result` is an error.
+///
+/// # Errors
+///
+/// The result's.
+pub fn together<T>(result: Result<T>) -> Result<T> {
+    if result.is_err() {
+        ABANDONED.store(true, Ordering::Relaxed);
+    }
+    result
+}
+
+/// The results of what ran side by side, where one failure interrupts the others.
+///
+/// # Errors
+///
+/// The failure.
+pub fn both<A, B>(a: Result<A>, b: Result<B>) -> Result<(A, B)> {
+    match (a, b) {
+        (Ok(a), Ok(b)) => Ok((a, b)),
+        (Err(error), Err(other)) if error.is::<Interrupted>() => Err(other),
+        (Err(error), _) | (_, Err(error)) => Err(error),
+    }
 }
 
 /// The error of a run that was interrupted.
@@ -162,4 +191,30 @@ pub fn describe(status: ExitStatus) -> String {
 /// The cargo that runs us.
 pub fn cargo() -> Command {
     Command::new(std::env::var_os("CARGO").unwrap_or_else(|| "cargo".into()))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_failure_counts_more_than_what_it_interrupted() {
+        let failure = || Err::<(), _>(anyhow::anyhow!("no space"));
+        let interruption =
+            || Err::<(), _>(anyhow::Error::from(Interrupted).context("a step failed"));
+        for result in [
+            both(failure(), interruption()),
+            both(interruption(), failure()),
+            both(failure(), Ok(())),
+            both(Ok(()), failure()),
+        ] {
+            assert_eq!(result.unwrap_err().to_string(), "no space");
+        }
+        assert!(
+            both(interruption(), interruption())
+                .unwrap_err()
+                .is::<Interrupted>()
+        );
+        assert_eq!(both(Ok(1), Ok(2)).unwrap(), (1, 2));
+    }
 }

@@ -13,6 +13,7 @@ use crate::{
     Unmet,
     cache::Cache,
     cargo::Workspace,
+    cmd,
     host::{self, KvmChoice},
     initramfs,
     kernel::{self, Kernel, KernelSource},
@@ -51,21 +52,31 @@ pub fn run(cache: &Cache, source: &KernelSource, update: bool) -> Result<Ready> 
     let kvm = KvmChoice::probe();
     host::ensure_packages(&cache.log_path("packages"))?;
     let workspace = Workspace::load()?;
-    let root = root::ensure(cache)?;
-    let kernel = kernel::ensure(cache, &root, source, update)?;
-    let modules = kmod::ensure(cache, &root, &kernel, &workspace.bitflags)?;
-    let agent = workspace.agent(cache)?;
+    // What is fetched and what is compiled side by side: on two processors that saves a third of the time.
+    let (programs, (emulator, guest)) = side_by_side(
+        || Ok((workspace.agent(cache)?, workspace.harness(cache)?)),
+        || {
+            side_by_side(
+                || (!kvm.is_direct()).then(|| qemu::ensure(cache)).transpose(),
+                || {
+                    let root = root::ensure(cache)?;
+                    let kernel = kernel::ensure(cache, &root, source, update)?;
+                    let (modules, debian) = side_by_side(
+                        || kmod::ensure(cache, &root, &kernel, &workspace.bitflags),
+                        || rootfs::ensure(cache, &root, &kernel),
+                    )?;
+                    Ok((root, kernel, modules, debian))
+                },
+            )
+        },
+    )?;
+    let (agent, harness) = programs;
+    let (root, kernel, modules, debian) = guest;
     let initramfs = initramfs::ensure_guest(cache, &root, &kernel, &modules, &agent)?;
-    let debian = rootfs::ensure(cache, &root, &kernel)?;
-    let l1 = if kvm.is_direct() {
-        None
-    } else {
-        Some((
-            qemu::ensure(cache)?,
-            initramfs::ensure_l1(cache, &root, &kernel)?,
-        ))
+    let l1 = match emulator {
+        Some(qemu) => Some((qemu, initramfs::ensure_l1(cache, &root, &kernel)?)),
+        None => None,
     };
-    let harness = workspace.harness(cache)?;
     Ok(Ready {
         kvm,
         kernel,
@@ -75,6 +86,25 @@ pub fn run(cache: &Cache, source: &KernelSource, update: bool) -> Result<Ready> 
         debian,
         target: workspace.target,
         l1,
+    })
+}
+
+/// Runs two parts of the work at once. Where one fails the other is interrupted.
+///
+/// # Errors
+///
+/// That of the part that failed.
+fn side_by_side<A: Send, B>(
+    one: impl FnOnce() -> Result<A> + Send,
+    other: impl FnOnce() -> Result<B>,
+) -> Result<(A, B)> {
+    std::thread::scope(|scope| {
+        let one = scope.spawn(|| cmd::together(one()));
+        let other = cmd::together(other());
+        let one = one
+            .join()
+            .unwrap_or_else(|_| bail!("a part of the set-up panicked"));
+        cmd::both(one, other)
     })
 }
 

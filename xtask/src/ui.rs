@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
 
-//! What the user sees of the set-up: one progress bar a step on a terminal, plain lines elsewhere.
+//! What the user sees of the set-up: one progress bar a step on a terminal, plain lines elsewhere. Steps may run side
+//! by side.
 //!
 //! Everything goes to standard error, so that the output of `boot --run` stays clean.
 
@@ -8,15 +9,19 @@ use std::{
     fs::File,
     io::{IsTerminal, Write},
     path::{Path, PathBuf},
+    sync::LazyLock,
     time::{Duration, Instant},
 };
 
 use anyhow::{Context, Result};
-use indicatif::{ProgressBar, ProgressStyle};
+use indicatif::{MultiProgress, ProgressBar, ProgressStyle};
+
+/// The bars of the steps that run.
+static BARS: LazyLock<MultiProgress> = LazyLock::new(MultiProgress::new);
 
 /// Prints one line of information, in the same form everywhere.
 pub fn info(text: &str) {
-    eprintln!("viridian: {text}");
+    BARS.suspend(|| eprintln!("viridian: {text}"));
 }
 
 /// A running step of the set-up, with its log file.
@@ -59,7 +64,7 @@ impl Step {
         let log = File::create(log_path)
             .with_context(|| format!("cannot create {}", log_path.display()))?;
         let bar = std::io::stderr().is_terminal().then(|| {
-            let bar = ProgressBar::new(expected_lines.max(1));
+            let bar = BARS.add(ProgressBar::new(expected_lines.max(1)));
             let style = "viridian: {msg} [{bar:24}] {elapsed} {prefix:.dim}";
             if let Ok(style) = ProgressStyle::with_template(style) {
                 bar.set_style(style.progress_chars("=> "));
@@ -129,5 +134,6 @@ struct Bar(ProgressBar);
 impl Drop for Bar {
     fn drop(&mut self) {
         self.0.finish_and_clear();
+        BARS.remove(&self.0);
     }
 }
