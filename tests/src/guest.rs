@@ -21,10 +21,10 @@ use crate::klog;
 use crate::manifest::Manifest;
 
 /// No guest takes longer to its agent's greeting, nor to its power-off. Generous: the processor may be emulated.
-const BOOT: Duration = Duration::from_secs(240);
+const BOOT: Duration = Duration::from_secs(600);
 
 /// No command of a test takes longer, unless the test says so.
-pub const COMMAND: Duration = Duration::from_secs(120);
+pub const COMMAND: Duration = Duration::from_secs(300);
 
 /// The controller of the disk with Debian's tools.
 const TOOLS_CONTROLLER: u8 = 3;
@@ -552,7 +552,7 @@ impl Guest {
     fn last_words(&self) -> String {
         match self
             .agent
-            .run("dmesg | tail -n 40", Duration::from_secs(20))
+            .run("dmesg | tail -n 40", Duration::from_secs(60))
         {
             Ok(output) => output.stdout,
             Err(error) => error.to_string(),
