@@ -15,7 +15,7 @@ use hv_proto::version::Version;
 use serde_json::{Value, json};
 
 use super::calls::CALLS;
-use super::server::MAX_CLIENTS;
+use super::server::{MAX_CLIENTS, REQUEST_TIMEOUT};
 use super::{ApiServer, Client, ClientError};
 use crate::control::Control;
 use crate::events::Event;
@@ -311,7 +311,9 @@ fn clients_that_hang_harm_nobody() {
     let setup = Setup::new();
     let mut hanging: Vec<_> = (1..MAX_CLIENTS).map(|_| setup.connect()).collect();
     hanging[0].write_all(b"GET /v1/st").unwrap();
-    assert_eq!(setup.state()["vm"]["state"], "running");
+    // To the end of the connection, when its place is free.
+    let reply = setup.raw(b"GET /v1/status HTTP/1.1\r\n\r\n");
+    assert!(reply.contains("running"), "{reply}");
     hanging.push(setup.connect());
     // Too many: told, and not served.
     let mut reply = String::new();
@@ -352,7 +354,7 @@ fn the_end_does_not_wait_for_clients_that_hang() {
     let _hanging = setup.connect();
     let started = Instant::now();
     drop(setup.server);
-    assert!(started.elapsed() < Duration::from_secs(3));
+    assert!(started.elapsed() < REQUEST_TIMEOUT);
     assert!(!setup.folder.path().join("api").exists());
 }
 

@@ -13,11 +13,11 @@ use hv_proto::guid::Guid;
 use hv_proto::hypercall::HvStatus;
 use hv_proto::ids::{ChannelId, ConnectionId, GpadlId, OpenId, VpIndex};
 use hv_proto::message::{
-    CloseChannel, ContactTarget, GpadlTeardown, HostMessage, InitiateContact, Message,
-    ModifyChannel, OfferChannel, OpenChannel, RelidReleased, RequestOffers, Unload,
+    CloseChannel, ContactTarget, GpadlTeardown, GpadlTorndown, HostMessage, InitiateContact,
+    Message, ModifyChannel, OfferChannel, OpenChannel, RelidReleased, RequestOffers, Unload,
 };
 use hv_proto::packet::{Header, PacketType};
-use hv_proto::ring::{Consumer, Producer, RingMem, Signal, WriteError, initialize};
+use hv_proto::ring::{Consumer, Field, Producer, RingMem, Signal, WriteError, initialize};
 use hv_proto::version::Version;
 use vm_memory::{Bytes, GuestAddress, GuestMemoryMmap};
 use vmm_sys_util::eventfd::EventFd;
@@ -435,11 +435,26 @@ impl FakeGuest {
     }
 
     /// Closes a channel and takes its memory back.
+    ///
+    /// The end of a primary channel rescinds its sub-channels at a moment of the server's own. So other messages may
+    /// come before the answer, and stay in the queue.
     pub(crate) fn close(&self, channel: FakeChannel) {
         self.post(&CloseChannel {
             channel_id: channel.id,
         });
-        self.teardown_gpadl(channel.id, channel.gpadl);
+        self.post(&GpadlTeardown {
+            channel_id: channel.id,
+            gpadl_id: channel.gpadl,
+        });
+        let torn_down = GpadlTorndown {
+            gpadl_id: channel.gpadl,
+        };
+        let answer = torn_down.encode();
+        let answered = self.synic.wait(SOON, |seen| {
+            let at = seen.messages.iter().position(|m| m[..] == answer[..])?;
+            seen.messages.remove(at)
+        });
+        assert!(answered.is_some(), "no answer to GPADL_TEARDOWN");
     }
 
     pub(crate) fn release(&self, channel_id: ChannelId) {
@@ -596,13 +611,24 @@ impl FakeChannel {
         packet.payload
     }
 
+    /// Waits until the host has read all packets, is done with them, and sleeps.
+    pub(crate) fn wait_idle(&self) {
+        let deadline = Instant::now() + SOON;
+        let load = |field| self.tx.mem().load(field);
+        // While it reads, the host masks signals.
+        while load(Field::ReadIndex) != load(Field::WriteIndex) || load(Field::InterruptMask) != 0 {
+            assert!(Instant::now() < deadline, "the host does not read");
+            std::thread::sleep(Duration::from_millis(1));
+        }
+    }
+
     /// Damages a control word of the ring to the host.
-    pub(crate) fn damage_tx(&self, field: hv_proto::ring::Field, value: u32) {
+    pub(crate) fn damage_tx(&self, field: Field, value: u32) {
         self.tx.mem().store(field, value);
     }
 
     /// Damages a control word of the ring to the guest.
-    pub(crate) fn damage_rx(&self, field: hv_proto::ring::Field, value: u32) {
+    pub(crate) fn damage_rx(&self, field: Field, value: u32) {
         self.rx.mem().store(field, value);
     }
 

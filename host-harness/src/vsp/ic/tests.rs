@@ -92,7 +92,8 @@ fn config(versions: &'static [Version]) -> LinkConfig {
     LinkConfig::new(versions)
 }
 
-const FAST: Duration = Duration::from_millis(30);
+/// Three of them without an answer are a lost guest: long enough for a busy machine.
+const FAST: Duration = Duration::from_millis(300);
 
 fn heart(period: Duration) -> (Heartbeat, Rig<ic::heartbeat::Heartbeat>) {
     let events = Events::default();
@@ -105,7 +106,9 @@ fn heart(period: Duration) -> (Heartbeat, Rig<ic::heartbeat::Heartbeat>) {
 #[test]
 fn a_guest_that_answers_beats() {
     let (host, mut rig) = heart(FAST);
-    assert_eq!(host.status().link.state, LinkState::Negotiating);
+    wait_until("negotiating", || {
+        host.status().link.state == LinkState::Negotiating
+    });
     assert_eq!(rig.negotiate(), "3.0");
     for sequence in 1..5 {
         assert_eq!(rig.expect_service(), sequence);
@@ -131,7 +134,7 @@ fn a_guest_that_stops_is_lost_and_comes_back() {
         unreachable!();
     };
     assert_eq!(device, "ic");
-    assert!(age_ms >= 90, "{age_ms}");
+    assert!(age_ms >= 900, "{age_ms}");
     assert_eq!(host.status().heart, Heart::Lost);
     // The ring of a guest that sleeps does not fill.
     assert!(host.status().link.counters.requests <= 4);
@@ -282,6 +285,9 @@ fn shutdown_says_what_the_guest_answers() {
     ));
     let host = Arc::new(host);
     let mut rig = Rig::new(&events, host.vsp(), ic::shutdown::Shutdown::new(false));
+    wait_until("negotiating", || {
+        host.status().link.state == LinkState::Negotiating
+    });
     assert!(matches!(
         ask(&host, Action::Reboot),
         Err(AskError::NotReady)

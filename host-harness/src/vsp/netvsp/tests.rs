@@ -549,7 +549,7 @@ fn large_frames_are_cut_or_coalesced() {
     }
     let whole: Vec<u8> = parts.into_iter().flat_map(|(bytes, _)| bytes).collect();
     assert_eq!(whole, large.bytes);
-    assert_eq!(rig.status().counters.received_coalesced, 1);
+    rig.wait(|status| status.counters.received_coalesced == 1);
     rig.wait(|status| status.free_sections == status.sections);
 }
 

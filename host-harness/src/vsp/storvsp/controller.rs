@@ -90,6 +90,8 @@ pub struct ControllerCounters {
     pub lost_answers: u64,
     /// Commands that are queued or run now.
     pub in_flight: usize,
+    /// Commands that run now.
+    pub running: usize,
     /// Channels that are open now.
     pub channels: usize,
 }
@@ -673,6 +675,7 @@ impl Controller {
             resets: get(&counters.resets),
             lost_answers: get(&counters.lost_answers),
             in_flight: self.inner.queue.in_flight(),
+            running: self.inner.queue.running(),
             channels: self.inner.channels().len(),
         }
     }

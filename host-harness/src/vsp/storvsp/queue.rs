@@ -231,6 +231,11 @@ impl Queue {
         state.queue.len() + state.running.len()
     }
 
+    /// Number of commands that run.
+    pub fn running(&self) -> usize {
+        self.lock().running.len()
+    }
+
     /// Ends the threads that take commands. Gives those that none will take, for the caller to
     /// answer.
     pub fn end(&self) -> Vec<Job> {

@@ -572,6 +572,7 @@ fn a_stalled_controller_can_be_reset() {
         .stall("scsi0", Stall::Everything)
         .expect("stall");
     channel.send(40, VstorPacket::request(Operation::RESET_BUS).as_bytes());
+    channel.wait_idle();
     assert!(channel.receive_within(NEVER).is_none());
     rig.storage.stall("scsi0", Stall::Off).expect("stall");
     assert_good(&super::tests::answer(&channel.completion(30)), 0);
@@ -646,17 +647,16 @@ fn a_close_answers_what_is_queued_and_lets_go_of_memory() {
         .set_latency("disk0", Duration::from_millis(300))
         .expect("latency");
     channel.send_gpa(1, (0, 4096), &data[..1], read(8).as_bytes());
+    // A worker has it: the others find the controller stalled.
     let deadline = Instant::now() + SOON;
-    while rig.controller().counters.in_flight == 0 {
+    while rig.controller().counters.running == 0 {
         assert!(Instant::now() < deadline);
     }
-    // A worker has it: the others find the controller stalled.
-    std::thread::sleep(NEVER);
     rig.storage.stall("scsi0", Stall::Commands).expect("stall");
     for (&page, id) in data[1..].iter().zip(2..) {
         channel.send_gpa(id, (0, 4096), &[page], read(8).as_bytes());
     }
-    while rig.controller().counters.in_flight < data.len() {
+    while rig.controller().counters.commands < data.len() as u64 {
         assert!(Instant::now() < deadline);
     }
     close(&rig.guest, &channel);
@@ -742,6 +742,10 @@ fn a_hostile_host_drops_and_repeats_answers() {
     let packet = command(unit(0), &TEST_UNIT_READY);
     rig.storage.drop_answers("scsi0", 1).expect("drop");
     channel.send(50, packet.as_bytes());
+    let deadline = Instant::now() + SOON;
+    while rig.controller().counters.lost_answers == 0 {
+        assert!(Instant::now() < deadline);
+    }
     assert!(channel.receive_within(NEVER).is_none());
     channel.send(51, packet.as_bytes());
     channel.completion(51);
