@@ -6,7 +6,7 @@ use std::process::Command;
 use std::time::Duration;
 
 use anyhow::{Context, Result, ensure};
-use host_harness::disk::{DiskOptions, Fault, FaultKind, Format};
+use host_harness::disk::{Bus, DiskOptions, Fault, FaultKind, Format};
 use viridian_tests::{Drivers, Guest, both_drivers};
 
 use crate::images::{Images, MIB, check_ext4, sha256, tool};
@@ -20,6 +20,7 @@ both_drivers!(
     fio_verifies_on_several_cpus,
     finds_every_lun,
     speaks_of_its_limits,
+    parameters_limit_queues_and_depth,
     hot_adds_under_io,
     hot_removes_under_io,
     sees_a_new_size,
@@ -240,6 +241,78 @@ fn speaks_of_its_limits(drivers: Drivers) -> Result<()> {
         ))?;
     }
     guest.sh(&format!("grep -q Msft /sys/block/{disk}/device/vendor"))?;
+    guest.check_log(&[])?;
+    guest.power_off()
+}
+
+/// Also: a disk of an IDE controller is one, and needs no more than one queue.
+fn parameters_limit_queues_and_depth(drivers: Drivers) -> Result<()> {
+    let images = Images::new()?;
+    let path = images.random("data.raw", 4 * MIB, 3)?;
+    let ide = images.random("ide.raw", 2 * MIB, 4)?;
+    let mut position = DiskOptions::new(&ide);
+    position.bus = Bus::Ide;
+    (position.controller, position.target) = (1, 1);
+    let guest = Guest::with(drivers)
+        .cpus(2)
+        .disk(DiskOptions::new(&path))
+        .disk(position)
+        .boot()?;
+    let ide_disk = || {
+        let device = guest.controller("ide1.1")?;
+        guest.wait_for(&format!(
+            "basename $(ls -d {device}/host*/target*/*:0:1:0/block/* {device}/host*/target*/*:0:0:0/block/* 2>/dev/null)"
+        ))
+    };
+    let check = |disk: &str, image: &std::path::Path| -> Result<()> {
+        let sum = guest.sh(&format!("sha256sum < /dev/{disk} | cut -d' ' -f1"))?;
+        ensure!(sum == sha256(image)?, "{disk} reads something else");
+        Ok(())
+    };
+    let queues = |disk: &str| guest.sh(&format!("ls /sys/block/{disk}/mq | wc -l"));
+    let (disk, other) = (guest.disk(0, 0)?, ide_disk()?);
+    check(&disk, &path)?;
+    check(&other, &ide)?;
+    ensure!(queues(&disk)? == "2", "{} queues", queues(&disk)?);
+    ensure!(queues(&other)? == "1", "{} queues of IDE", queues(&other)?);
+
+    // The depth of a unit's queue: what is asked for, but not more than the host takes.
+    let depth = format!("/sys/block/{disk}/device/queue_depth");
+    let most: u64 = guest
+        .sh(&format!(
+            "cat $(ls -d {}/host*/scsi_host/*)/can_queue",
+            guest.controller("scsi0")?
+        ))?
+        .parse()?;
+    for asked in [7, 1, most, 20] {
+        guest.sh(&format!("echo {asked} > {depth}"))?;
+        let now = guest.sh(&format!("cat {depth}"))?;
+        ensure!(now == asked.to_string(), "depth {now} instead of {asked}");
+    }
+    for nonsense in [0, most + 1] {
+        let output = guest.run(&format!("echo {nonsense} > {depth}"))?;
+        ensure!(output.status != 0, "a depth of {nonsense} was taken");
+    }
+    check(&disk, &path)?;
+
+    let module = drivers.storage_module();
+    guest.sh(&format!(
+        "rmmod {module} && modprobe {module} storvsc_max_hw_queues=1 storvsc_ringbuffer_size=65536"
+    ))?;
+    let (disk, other) = (guest.disk(0, 0)?, ide_disk()?);
+    ensure!(queues(&disk)? == "1", "{} queues", queues(&disk)?);
+    let less: u64 = guest
+        .sh(&format!(
+            "cat $(ls -d {}/host*/scsi_host/*)/can_queue",
+            guest.controller("scsi0")?
+        ))?
+        .parse()?;
+    ensure!(
+        less < most * 2 / 3,
+        "{less} commands fit half a ring, {most} a ring"
+    );
+    check(&disk, &path)?;
+    check(&other, &ide)?;
     guest.check_log(&[])?;
     guest.power_off()
 }
