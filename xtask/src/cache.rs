@@ -288,6 +288,8 @@ impl Cache {
             .root
             .join("tmp")
             .join(format!("{name}-{}", std::process::id()));
+        // A process that was killed may have had our number.
+        remove_tree(&path).with_context(|| format!("cannot remove {}", path.display()))?;
         fs::create_dir(&path).with_context(|| format!("cannot create {}", path.display()))?;
         Ok(Temporary(path))
     }
@@ -342,6 +344,8 @@ impl Scratch {
             }
         }
         let path = base.join(format!("{prefix}{}", std::process::id()));
+        // A process that was killed may have had our number.
+        remove_tree(&path).with_context(|| format!("cannot remove {}", path.display()))?;
         fs::DirBuilder::new()
             .mode(0o700)
             .create(&path)
@@ -362,11 +366,13 @@ impl Drop for Scratch {
     }
 }
 
-/// Whether the process that a temporary (`NAME-PID`) is named after still runs.
-fn owner_lives(path: &Path) -> bool {
+/// Whether the process that a temporary (`NAME-PID`) is named after still runs. Numbers of processes are used again,
+/// in containers soon: it must be a program of ours.
+pub fn owner_lives(path: &Path) -> bool {
     path.file_name()
         .and_then(|name| name.to_str()?.rsplit_once('-'))
-        .is_some_and(|(_, pid)| Path::new("/proc").join(pid).exists())
+        .and_then(|(_, pid)| fs::read_to_string(Path::new("/proc").join(pid).join("comm")).ok())
+        .is_some_and(|program| program.starts_with(env!("CARGO_PKG_NAME")))
 }
 
 /// Marks a product as just used; only the choice of what to prune depends on it.
@@ -439,6 +445,22 @@ mod tests {
         assert_ne!(base, Key::new("r").add("a", b"2").hex());
         assert_ne!(base, Key::new("r").add("a", b"1").add("", b"").hex());
         assert_eq!(base.len(), 16);
+    }
+
+    #[test]
+    fn temporaries_end_with_their_process() {
+        let kind = "ends";
+        let scratch = Scratch::create(kind).unwrap();
+        assert!(owner_lives(scratch.path()));
+        // Process 1 is no program of ours.
+        for gone in ["a-1", "a-4194999", "a", "", "a-x", "a-"] {
+            assert!(!owner_lives(Path::new(gone)), "{gone}");
+        }
+        // One with our number was killed.
+        fs::write(scratch.path().join("left"), "").unwrap();
+        std::mem::forget(scratch);
+        let again = Scratch::create(kind).unwrap();
+        assert!(!again.path().join("left").exists());
     }
 
     #[test]

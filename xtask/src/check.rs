@@ -11,7 +11,7 @@ use crate::{
     cache::Cache,
     cargo::Workspace,
     checkout, cmd, host,
-    kernel::{self, Build, KernelSource},
+    kernel::{self, KernelSource},
     kmod, panics,
     root::{self, BuildRoot},
     ui::Step,
@@ -23,6 +23,7 @@ use crate::{
 ///
 /// Names the first check that found something, with what it printed.
 pub fn run(cache: &Cache, source: &KernelSource) -> Result<()> {
+    source.check()?;
     host::ensure_packages(&cache.log_path("packages"))?;
     ensure_components(cache)?;
     let cargo = |title: &str, arguments: &[&str]| -> Result<()> {
@@ -49,7 +50,7 @@ pub fn run(cache: &Cache, source: &KernelSource) -> Result<()> {
 
     let workspace = Workspace::load()?;
     let root = root::ensure(cache)?;
-    let kernel = kernel::ensure(cache, &root, source, false)?;
+    let kernel = kernel::ensure(cache, source, false)?;
     let directory = cache.temporary("check")?;
     let work = directory.path().join("build");
     let sources = kmod::sources()?;
@@ -68,8 +69,7 @@ pub fn run(cache: &Cache, source: &KernelSource) -> Result<()> {
     // `W=e` turns the warnings of all compilers into errors.
     let mut step = Step::start("clippy of the kernel", &log, 40)?;
     let result = kmod::make(
-        &root,
-        &kernel,
+        &kernel.build,
         &workspace.bitflags,
         &work,
         "CLIPPY=1 W=e modules",
@@ -157,18 +157,13 @@ fn format_check(
         .iter()
         .map(|path| root::quote(&path.to_string_lossy()))
         .collect();
-    let source = match &kernel.build {
-        Build::Root { source, .. } => source.clone(),
-        // The build tree's link to its sources.
-        Build::Tree(tree) => fs::canonicalize(tree.join("source")).unwrap_or(tree.clone()),
-    };
     root.script(format!(
         "cd {}; rustfmt --check --edition 2021 --config-path {}/.rustfmt.toml {}",
         root::WORK,
         root::SOURCE,
         names.join(" ")
     ))
-    .read(&source, root::SOURCE)
+    .read(&kernel.source(), root::SOURCE)
     .read(work, root::WORK)
     .run(step)
     .context("rustfmt")

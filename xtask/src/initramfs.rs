@@ -17,7 +17,7 @@ use anyhow::{Context, Result, bail};
 
 use crate::{
     cache::{Cache, Key, Recipe},
-    kernel::Kernel,
+    kernel::{Build, Kernel},
     root::{self, BuildRoot},
     ui::Step,
 };
@@ -52,6 +52,9 @@ const GUEST_MODULES: &[&str] = &[
     "hid_hyperv",
     "hyperv_keyboard",
 ];
+
+/// Of these, what a kernel that the user built must have. Of the rest it may have what it likes.
+const NEEDED_MODULES: &[&str] = &["scsi_mod", "sd_mod", "ext4"];
 
 const L1_INIT: &str = include_str!("init-l1.sh");
 const GUEST_INIT: &str = include_str!("init-guest.sh");
@@ -154,8 +157,13 @@ fn module_name(path: &str) -> String {
 ///
 /// # Errors
 ///
-/// Names the modules that are neither there nor built in.
-fn module_files(dep: &str, builtin: &str, wanted: &[&str]) -> Result<BTreeSet<String>> {
+/// Names the modules that are neither there nor built in, and that must not be missing.
+fn module_files(
+    dep: &str,
+    builtin: &str,
+    wanted: &[&str],
+    may_miss: impl Fn(&str) -> bool,
+) -> Result<BTreeSet<String>> {
     let lines: BTreeMap<String, &str> = dep
         .lines()
         .filter_map(|line| Some((module_name(line.split_once(':')?.0), line)))
@@ -169,7 +177,7 @@ fn module_files(dep: &str, builtin: &str, wanted: &[&str]) -> Result<BTreeSet<St
                 line.split_whitespace()
                     .map(|file| file.trim_end_matches(':').to_owned()),
             ),
-            None if built_in.contains(*name) => {}
+            None if built_in.contains(*name) || may_miss(name) => {}
             None => missing.push(*name),
         }
     }
@@ -190,7 +198,14 @@ fn collect_modules(
     step: &mut Step,
 ) -> Result<()> {
     let read = |name: &str| fs::read_to_string(kernel.modules.join(name)).unwrap_or_default();
-    let files = module_files(&read("modules.dep"), &read("modules.builtin"), wanted)?;
+    let may_miss =
+        |name: &str| matches!(kernel.build, Build::Tree(_)) && !NEEDED_MODULES.contains(&name);
+    let files = module_files(
+        &read("modules.dep"),
+        &read("modules.builtin"),
+        wanted,
+        may_miss,
+    )?;
     let target = tmp.join("tree/lib/modules").join(&kernel.release);
     fs::create_dir_all(target.join("updates"))?;
     for name in [
@@ -332,7 +347,8 @@ mod tests {
         let files = module_files(
             DEP,
             "kernel/drivers/scsi/sg.ko\n",
-            &["ext4", "sg", "kvm_amd"],
+            &["ext4", "sg", "kvm_amd", "hid"],
+            |name| name == "hid",
         );
         assert_eq!(
             files.unwrap().into_iter().collect::<Vec<_>>(),
@@ -344,7 +360,7 @@ mod tests {
                 "kernel/fs/mbcache.ko.xz",
             ]
         );
-        let error = module_files(DEP, "", &["ext4", "btrfs"]).unwrap_err();
+        let error = module_files(DEP, "", &["ext4", "btrfs"], |_| false).unwrap_err();
         assert!(error.to_string().contains("btrfs"));
     }
 

@@ -19,11 +19,12 @@ use crate::{
     cache::{Cache, Key, Recipe},
     cmd, debian,
     root::{self, BuildRoot},
+    tree::Tree,
     ui::{self, Step},
 };
 
 /// The kernel series that the modules are for.
-const SERIES: &str = "7.3";
+pub const SERIES: &str = "7.3";
 
 /// Where the kernel comes from.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
@@ -35,6 +36,22 @@ pub enum KernelSource {
     Packages(PathBuf),
     /// A kernel tree that was built with Rust enabled.
     Tree(PathBuf),
+}
+
+impl KernelSource {
+    /// Looks whether what the user named is there and usable, before any work is done for it.
+    ///
+    /// # Errors
+    ///
+    /// Says what is wrong with it.
+    pub fn check(&self) -> Result<()> {
+        match self {
+            Self::Archive => {}
+            Self::Packages(directory) => drop(package_files(directory)?),
+            Self::Tree(path) => drop(Tree::open(path)?.image()?),
+        }
+        Ok(())
+    }
 }
 
 /// A kernel that is ready for use.
@@ -55,13 +72,17 @@ pub struct Kernel {
 pub enum Build {
     /// In the build root.
     Root {
+        /// The build root.
+        root: BuildRoot,
+        /// The kernel's release.
+        release: String,
         /// The kernel's source tree.
         source: PathBuf,
         /// Its build tree with the Rust metadata.
         objects: PathBuf,
     },
     /// With the machine's tools, in the user's tree.
-    Tree(PathBuf),
+    Tree(Tree),
 }
 
 impl Kernel {
@@ -69,10 +90,7 @@ impl Kernel {
     pub fn source(&self) -> PathBuf {
         match &self.build {
             Build::Root { source, .. } => source.clone(),
-            // A build tree apart from its source has a link to it.
-            Build::Tree(tree) => Some(tree.join("source"))
-                .filter(|path| path.exists())
-                .unwrap_or_else(|| tree.clone()),
+            Build::Tree(tree) => tree.source(),
         }
     }
 }
@@ -91,16 +109,11 @@ pub fn make_in_root(release: &str) -> String {
 /// # Errors
 ///
 /// When there is no such kernel (the message names the alternatives), or a step fails.
-pub fn ensure(
-    cache: &Cache,
-    root: &BuildRoot,
-    source: &KernelSource,
-    update: bool,
-) -> Result<Kernel> {
+pub fn ensure(cache: &Cache, source: &KernelSource, update: bool) -> Result<Kernel> {
     match source {
-        KernelSource::Archive => from_packages(cache, root, None, update),
-        KernelSource::Packages(directory) => from_packages(cache, root, Some(directory), false),
-        KernelSource::Tree(tree) => from_tree(cache, tree),
+        KernelSource::Archive => from_packages(cache, None, update),
+        KernelSource::Packages(directory) => from_packages(cache, Some(directory), false),
+        KernelSource::Tree(path) => from_tree(cache, path),
     }
 }
 
@@ -128,12 +141,8 @@ fn package_files(directory: &Path) -> Result<Vec<PathBuf>> {
     Ok(files)
 }
 
-fn from_packages(
-    cache: &Cache,
-    root: &BuildRoot,
-    directory: Option<&Path>,
-    update: bool,
-) -> Result<Kernel> {
+fn from_packages(cache: &Cache, directory: Option<&Path>, update: bool) -> Result<Kernel> {
+    let root = &root::ensure(cache)?;
     let mut key = Key::new("kernel 2").add("series", SERIES.as_bytes());
     let mut files = Vec::new();
     if let Some(directory) = directory {
@@ -214,11 +223,16 @@ fn from_packages(
         Ok(())
     })?;
     Ok(Kernel {
-        release,
         image,
         modules,
         key,
-        build: Build::Root { source, objects },
+        build: Build::Root {
+            root: root.clone(),
+            release: release.clone(),
+            source,
+            objects,
+        },
+        release,
     })
 }
 
@@ -318,54 +332,30 @@ fn unpack(root: &BuildRoot, tmp: &Path, step: &mut Step) -> Result<()> {
 }
 
 /// Takes a tree that the user built. Its modules are installed into the store, without touching the tree.
-fn from_tree(cache: &Cache, tree: &Path) -> Result<Kernel> {
-    let unmet = |text: &str| Unmet(format!("--kdir {}: {text}", tree.display()));
-    let tree = tree
-        .canonicalize()
-        .map_err(|error| unmet(&error.to_string()))?;
-    let image = tree.join("arch/x86/boot/bzImage");
-    let release_file = tree.join("include/config/kernel.release");
-    if !release_file.exists() || !image.exists() {
-        bail!(unmet("this is not a built kernel tree (no bzImage in it)"));
-    }
-    if !tree.join("rust/libkernel.rmeta").exists() {
-        bail!(unmet("this kernel was built without CONFIG_RUST"));
-    }
-    let release = fs::read_to_string(release_file)?.trim().to_owned();
-    let modified = |path: &Path| -> Result<[u8; 16]> {
-        let time = fs::metadata(path)?.modified()?;
-        Ok(time
-            .duration_since(UNIX_EPOCH)
-            .unwrap_or_default()
-            .as_nanos()
-            .to_le_bytes())
-    };
+fn from_tree(cache: &Cache, path: &Path) -> Result<Kernel> {
+    let tree = Tree::open(path)?;
+    let image = tree.image()?;
+    let release = tree.release.clone();
     let recipe = Recipe {
         name: "tree",
         title: "modules of the kernel tree",
-        key: Key::new("tree 1")
-            .add("path", tree.as_os_str().as_encoded_bytes())
-            .add("image", &modified(&image)?)
-            .add("metadata", &modified(&tree.join("rust/libkernel.rmeta"))?),
+        key: tree.key("tree 2")?,
         expected_lines: 100,
     };
     let key = recipe.key.hex();
     let installed = cache.get(&recipe, |tmp, step| {
         let modules = tmp.join("lib/modules").join(&release);
         fs::create_dir_all(&modules)?;
-        if tree.join("modules.order").exists() {
-            cmd::run_logged(
-                cmd::tied("make")
-                    .arg("-C")
-                    .arg(&tree)
-                    .args(["modules_install", "INSTALL_MOD_STRIP=1"])
-                    .arg(format!("INSTALL_MOD_PATH={}", tmp.display())),
-                step,
-            )?;
+        if tree.path.join("modules.order").exists() {
+            let mut command = tree.make();
+            command
+                .args(["modules_install", "INSTALL_MOD_STRIP=1"])
+                .arg(format!("INSTALL_MOD_PATH={}", tmp.display()));
+            cmd::run_logged(&mut command, step)?;
         }
         Ok(())
     })?;
-    ui::info(&format!("kernel {release} from {}", tree.display()));
+    ui::info(&format!("kernel {release} from {}", tree.path.display()));
     Ok(Kernel {
         modules: installed.join("lib/modules").join(&release),
         release,

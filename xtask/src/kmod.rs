@@ -12,8 +12,8 @@ use anyhow::{Context, Result, bail};
 use crate::{
     cache::{Cache, Key, Recipe},
     checkout, cmd,
-    kernel::{self, Build, Kernel},
-    root::{self, BuildRoot},
+    kernel::{self, Build},
+    root,
     ui::Step,
 };
 
@@ -43,20 +43,15 @@ pub fn sources() -> Result<Vec<PathBuf>> {
     Ok(files)
 }
 
-/// Builds the modules, if they are not in the store.
+/// Builds the modules for the kernel of that key, if they are not in the store.
 ///
 /// # Errors
 ///
 /// When the build fails; the message ends with what the compiler printed.
-pub fn ensure(
-    cache: &Cache,
-    root: &BuildRoot,
-    kernel: &Kernel,
-    bitflags: &Path,
-) -> Result<PathBuf> {
+pub fn ensure(cache: &Cache, kernel: &str, build: &Build, bitflags: &Path) -> Result<PathBuf> {
     let sources = sources()?;
     let mut key = Key::new("modules 2")
-        .add("kernel", kernel.key.as_bytes())
+        .add("kernel", kernel.as_bytes())
         .add("bitflags", bitflags.as_os_str().as_encoded_bytes());
     for path in &sources {
         key = key.add_file(&path.to_string_lossy(), &checkout().join(path))?;
@@ -70,7 +65,7 @@ pub fn ensure(
     cache.get(&recipe, |tmp, step| {
         let work = tmp.join("build");
         copy_sources(&sources, &work)?;
-        make(root, kernel, bitflags, &work, "modules", step)?;
+        make(build, bitflags, &work, "modules", step)?;
         let mut found = false;
         for entry in fs::read_dir(&work)?.flatten() {
             let name = entry.file_name();
@@ -109,18 +104,22 @@ pub fn copy_sources(sources: &[PathBuf], target: &Path) -> Result<()> {
 ///
 /// When it fails.
 pub fn make(
-    root: &BuildRoot,
-    kernel: &Kernel,
+    build: &Build,
     bitflags: &Path,
     work: &Path,
     target: &str,
     step: &mut Step,
 ) -> Result<()> {
-    match &kernel.build {
-        Build::Root { source, objects } => root
+    match build {
+        Build::Root {
+            root,
+            release,
+            source,
+            objects,
+        } => root
             .script(format!(
                 "{make} -C {objects} M={work} BITFLAGS_SRC={bitflags} {target}",
-                make = kernel::make_in_root(&kernel.release),
+                make = kernel::make_in_root(release),
                 objects = root::OBJECTS,
                 work = root::WORK,
                 bitflags = root::EXTRA,
@@ -131,11 +130,8 @@ pub fn make(
             .write(work, root::WORK)
             .run(step),
         Build::Tree(tree) => {
-            let mut command = cmd::tied("make");
+            let mut command = tree.make();
             command
-                .arg(format!("-j{}", crate::cpus()))
-                .arg("-C")
-                .arg(tree)
                 .arg(format!("M={}", work.display()))
                 .arg(format!("BITFLAGS_SRC={}", bitflags.display()))
                 .args(target.split_whitespace());

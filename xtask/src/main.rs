@@ -24,6 +24,7 @@ mod root;
 mod rootfs;
 mod setup;
 mod test;
+mod tree;
 mod ui;
 
 use std::{

@@ -128,6 +128,7 @@ pub fn ensure(cache: &Cache) -> Result<BuildRoot> {
 }
 
 /// A build root in the store.
+#[derive(Clone)]
 pub struct BuildRoot {
     path: PathBuf,
     /// Its key, for the keys of what is built in it.

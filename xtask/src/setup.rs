@@ -11,16 +11,17 @@ use anyhow::{Context, Result, bail};
 
 use crate::{
     Unmet,
-    cache::Cache,
+    cache::{self, Cache},
     cargo::Workspace,
     cmd,
     host::{self, KvmChoice},
     initramfs,
-    kernel::{self, Kernel, KernelSource},
+    kernel::{self, Build, Kernel, KernelSource},
     kmod,
     l1::L1,
     qemu::{self, Qemu},
     root, rootfs,
+    tree::Tree,
 };
 
 /// Everything that `boot` and `test` need.
@@ -39,8 +40,16 @@ pub struct Ready {
     pub debian: PathBuf,
     /// Cargo's target directory.
     pub target: PathBuf,
-    /// Where an L1 VM is used: its QEMU and initramfs.
-    pub l1: Option<(Qemu, PathBuf)>,
+    /// Where an L1 VM is used: what it is made of.
+    pub l1: Option<L1Parts>,
+}
+
+/// What an L1 VM is made of.
+pub struct L1Parts {
+    qemu: Qemu,
+    /// The bzImage.
+    kernel: PathBuf,
+    initramfs: PathBuf,
 }
 
 /// Does everything that is not yet done.
@@ -49,6 +58,7 @@ pub struct Ready {
 ///
 /// Those of the steps.
 pub fn run(cache: &Cache, source: &KernelSource, update: bool) -> Result<Ready> {
+    source.check()?;
     let kvm = KvmChoice::probe();
     host::ensure_packages(&cache.log_path("packages"))?;
     let workspace = Workspace::load()?;
@@ -60,9 +70,9 @@ pub fn run(cache: &Cache, source: &KernelSource, update: bool) -> Result<Ready> 
                 || (!kvm.is_direct()).then(|| qemu::ensure(cache)).transpose(),
                 || {
                     let root = root::ensure(cache)?;
-                    let kernel = kernel::ensure(cache, &root, source, update)?;
+                    let kernel = kernel::ensure(cache, source, update)?;
                     let (modules, debian) = side_by_side(
-                        || kmod::ensure(cache, &root, &kernel, &workspace.bitflags),
+                        || kmod::ensure(cache, &kernel.key, &kernel.build, &workspace.bitflags),
                         || rootfs::ensure(cache, &root, &kernel),
                     )?;
                     Ok((root, kernel, modules, debian))
@@ -74,7 +84,19 @@ pub fn run(cache: &Cache, source: &KernelSource, update: bool) -> Result<Ready> 
     let (root, kernel, modules, debian) = guest;
     let initramfs = initramfs::ensure_guest(cache, &root, &kernel, &modules, &agent)?;
     let l1 = match emulator {
-        Some(qemu) => Some((qemu, initramfs::ensure_l1(cache, &root, &kernel)?)),
+        Some(qemu) => {
+            // A kernel of the user's own need not have what the VM takes.
+            let debian = match kernel.build {
+                Build::Tree(_) => Some(kernel::ensure(cache, &KernelSource::Archive, false)?),
+                Build::Root { .. } => None,
+            };
+            let kernel = debian.as_ref().unwrap_or(&kernel);
+            Some(L1Parts {
+                qemu,
+                kernel: kernel.image.clone(),
+                initramfs: initramfs::ensure_l1(cache, &root, kernel)?,
+            })
+        }
         None => None,
     };
     Ok(Ready {
@@ -114,11 +136,17 @@ fn side_by_side<A: Send, B>(
 ///
 /// Those of the steps.
 pub fn modules(cache: &Cache, source: &KernelSource) -> Result<PathBuf> {
-    host::ensure_packages(&cache.log_path("packages"))?;
     let workspace = Workspace::load()?;
-    let root = root::ensure(cache)?;
-    let kernel = kernel::ensure(cache, &root, source, false)?;
-    kmod::ensure(cache, &root, &kernel, &workspace.bitflags)
+    if let KernelSource::Tree(path) = source {
+        // Only modules: neither the tree's image nor anything of Debian's is needed.
+        let tree = Tree::open(path)?;
+        let key = tree.key("modules of a tree 1")?.hex();
+        return kmod::ensure(cache, &key, &Build::Tree(tree), &workspace.bitflags);
+    }
+    source.check()?;
+    host::ensure_packages(&cache.log_path("packages"))?;
+    let kernel = kernel::ensure(cache, source, false)?;
+    kmod::ensure(cache, &kernel.key, &kernel.build, &workspace.bitflags)
 }
 
 /// How much memory the L1 VM has beyond that of a guest in it, in MiB: its kernel, the harness, and what
@@ -128,10 +156,10 @@ const L1_OVERHEAD: u64 = 2048;
 impl Ready {
     /// The VM that a guest of this size runs in, if one is needed.
     pub fn l1(&self, guest_memory: u64) -> Option<L1> {
-        self.l1.as_ref().map(|(qemu, initramfs)| L1 {
-            qemu: qemu.clone(),
-            kernel: self.kernel.image.clone(),
-            initramfs: initramfs.clone(),
+        self.l1.as_ref().map(|parts| L1 {
+            qemu: parts.qemu.clone(),
+            kernel: parts.kernel.clone(),
+            initramfs: parts.initramfs.clone(),
             memory: guest_memory + L1_OVERHEAD,
             cpus: 1,
             timeout: None,
@@ -228,10 +256,20 @@ fn make_kept_disk(ready: &Ready, path: &std::path::Path) -> Result<()> {
             path.display()
         )));
     };
-    // Complete or not there at all, like everything else.
-    let temporary = parent.join(format!(".viridian-{}.img", std::process::id()));
-    let result = crate::cmd::output(
-        std::process::Command::new("cp")
+    // Complete or not there at all, like everything else. What a killed process left is taken away.
+    let temporary = parent.join(format!(".viridian-kept-{}", std::process::id()));
+    for entry in fs::read_dir(parent).into_iter().flatten().flatten() {
+        let ours = entry
+            .file_name()
+            .to_string_lossy()
+            .starts_with(".viridian-kept-");
+        if ours && (!cache::owner_lives(&entry.path()) || entry.path() == temporary) {
+            // If it stays, it only takes space.
+            let _ = fs::remove_file(entry.path());
+        }
+    }
+    let result = cmd::output(
+        cmd::tied("cp")
             .args(["--sparse=always", "--reflink=auto", "--no-preserve=mode"])
             .arg(&ready.debian)
             .arg(&temporary),
