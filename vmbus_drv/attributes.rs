@@ -12,6 +12,7 @@ use crate::{
         ChannelFiles,
         ChannelOps,
         ChannelType,
+        Contents,
         DeviceFile,
         DeviceFileList,
         DeviceFiles,
@@ -27,7 +28,6 @@ use hv_proto::{
 };
 use kernel::{
     prelude::*,
-    str::Formatter,
     sync::{
         atomic::Relaxed,
         Arc, //
@@ -126,7 +126,7 @@ impl DeviceFiles for OfDevice {
             )
     }
 
-    fn show(self, channel: &Arc<Channel>, out: &mut Formatter<'_>) -> Result {
+    fn show(self, channel: &Arc<Channel>, out: &mut Contents<'_>) -> Result {
         let offer = channel.offer();
         match self {
             Self::Id => writeln!(out, "{}", channel.id().get())?,
@@ -173,7 +173,7 @@ impl DeviceFiles for OfDevice {
 fn ring(
     channel: &Channel,
     outgoing: bool,
-    out: &mut Formatter<'_>,
+    out: &mut Contents<'_>,
     what: impl FnOnce(&hv_proto::ring::Snapshot) -> Option<u32>,
 ) -> Result {
     let snapshot = channel.ring(outgoing).ok_or(EINVAL)?;
@@ -271,7 +271,7 @@ impl ChannelFiles for OfChannel {
             || !matches!(self, Self::Pending | Self::Latency | Self::MonitorId)
     }
 
-    fn show(self, channel: &Arc<Channel>, out: &mut Formatter<'_>) -> Result {
+    fn show(self, channel: &Arc<Channel>, out: &mut Contents<'_>) -> Result {
         let stats = channel.stats();
         match self {
             Self::OutMask => ring(channel, true, out, |ring| Some(ring.interrupt_mask))?,

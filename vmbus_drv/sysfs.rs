@@ -10,7 +10,10 @@ use crate::{
     channel::Channel,
     device, //
 };
-use core::marker::PhantomData;
+use core::{
+    fmt,
+    marker::PhantomData, //
+};
 use kernel::{
     bindings,
     container_of,
@@ -20,12 +23,57 @@ use kernel::{
     },
     page::PAGE_SIZE,
     prelude::*,
-    str::{
-        as_char_ptr_in_const_context,
-        Formatter, //
-    },
+    str::as_char_ptr_in_const_context,
     sync::Arc, //
 };
+
+/// The contents of a file, as they are written. What does not fit is left out, and with it the rest of
+/// its line: who reads the file gets whole lines only.
+pub(crate) struct Contents<'a> {
+    buf: &'a mut [u8],
+    len: usize,
+    /// Where the last whole line ends.
+    line: usize,
+    full: bool,
+}
+
+impl<'a> Contents<'a> {
+    fn new(buf: &'a mut [u8]) -> Self {
+        Self {
+            buf,
+            len: 0,
+            line: 0,
+            full: false,
+        }
+    }
+
+    /// How much there is for the reader.
+    fn len(&self) -> usize {
+        if self.full {
+            self.line
+        } else {
+            self.len
+        }
+    }
+}
+
+impl fmt::Write for Contents<'_> {
+    fn write_str(&mut self, text: &str) -> fmt::Result {
+        let bytes = text.as_bytes();
+        let rest = self.buf.get_mut(self.len..);
+        match rest.and_then(|rest| rest.get_mut(..bytes.len())) {
+            Some(room) if !self.full => {
+                room.copy_from_slice(bytes);
+                if let Some(at) = bytes.iter().rposition(|&byte| byte == b'\n') {
+                    self.line = self.len.saturating_add(at).saturating_add(1);
+                }
+                self.len = self.len.saturating_add(bytes.len());
+            }
+            _ => self.full = true,
+        }
+        Ok(())
+    }
+}
 
 /// Name and permissions of a file.
 const fn attribute(name: &'static CStr, mode: u16) -> bindings::attribute {
@@ -38,7 +86,7 @@ const fn attribute(name: &'static CStr, mode: u16) -> bindings::attribute {
 /// Files of the devices of the bus.
 pub(crate) trait DeviceFiles: Copy + 'static {
     /// Writes the contents for the device with this primary channel.
-    fn show(self, channel: &Arc<Channel>, out: &mut Formatter<'_>) -> Result;
+    fn show(self, channel: &Arc<Channel>, out: &mut Contents<'_>) -> Result;
 
     /// Whether the device with this primary channel has the file.
     fn is_visible(self, channel: &Channel) -> bool;
@@ -73,15 +121,15 @@ extern "C" fn show_device_file<F: DeviceFiles>(
 }
 
 /// Calls `f` with the buffer of a sysfs read, and returns what sysfs wants to know.
-fn show(buf: *mut c_char, f: impl FnOnce(&mut Formatter<'_>) -> Result) -> isize {
-    // SAFETY: sysfs passes a zeroed buffer of one page, and nobody else uses it.
-    let buf = unsafe { core::slice::from_raw_parts_mut(buf.cast::<u8>(), PAGE_SIZE) };
-    let mut out = Formatter::new(buf);
-    match f(&mut out) {
-        // What does not fit is cut off by the formatter, whose count goes on.
-        Ok(()) => isize::try_from(out.bytes_written().min(PAGE_SIZE)).unwrap_or(isize::MAX),
-        Err(error) => error.to_errno() as isize,
-    }
+fn show(buf: *mut c_char, f: impl FnOnce(&mut Contents<'_>) -> Result) -> isize {
+    // SAFETY: sysfs passes a zeroed buffer of one page, and nobody else uses it. Its last byte stays
+    // zero: a full page is a mistake for sysfs.
+    let buf = unsafe { core::slice::from_raw_parts_mut(buf.cast::<u8>(), PAGE_SIZE - 1) };
+    let mut out = Contents::new(buf);
+    from_result(|| {
+        f(&mut out)?;
+        isize::try_from(out.len()).map_err(Error::from)
+    })
 }
 
 /// Files of the devices of the bus, as C wants them: a list that ends with null.
@@ -168,7 +216,7 @@ impl GroupList {
 /// Files of the directory of a channel.
 pub(crate) trait ChannelFiles: Copy + 'static {
     /// Writes the contents for a channel.
-    fn show(self, channel: &Arc<Channel>, out: &mut Formatter<'_>) -> Result;
+    fn show(self, channel: &Arc<Channel>, out: &mut Contents<'_>) -> Result;
 
     /// Takes what was written to the file.
     fn store(self, channel: &Arc<Channel>, text: &[u8]) -> Result;
