@@ -4,7 +4,7 @@
 //! descriptor for each queue. Source: Linux, `Documentation/networking/tuntap.rst` and
 //! `include/uapi/linux/if_tun.h`.
 
-use std::fs::{self, OpenOptions};
+use std::fs::OpenOptions;
 use std::io;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd};
 use std::os::unix::fs::OpenOptionsExt;
@@ -22,6 +22,38 @@ const TUN: &str = "/dev/net/tun";
 pub struct Tap {
     name: String,
     queues: Vec<VnetSocket>,
+}
+
+/// Why a queue of a TAP cannot be opened.
+enum OpenError {
+    /// The device of all TAPs cannot be opened.
+    Device(io::Error),
+    /// There is an interface of this name that is something else.
+    Other,
+    /// The kernel refuses.
+    Refused(Errno),
+}
+
+impl OpenError {
+    /// What is wrong, and what to do.
+    fn reason(self, name: &str) -> String {
+        match self {
+            Self::Device(error) if error.kind() == io::ErrorKind::NotFound => {
+                format!("{TUN} is not there; load the kernel module `tun`")
+            }
+            Self::Device(error) if error.kind() == io::ErrorKind::PermissionDenied => {
+                format!("{TUN} may not be opened; run as root")
+            }
+            Self::Device(error) => format!("{TUN}: {error}"),
+            Self::Other => "it is not a TAP, or was made with other properties".into(),
+            Self::Refused(Errno::PERM | Errno::ACCESS) => format!(
+                "may not be opened; run as root, or make it for yourself with `ip tuntap add dev \
+                 {name} mode tap user $USER`"
+            ),
+            Self::Refused(Errno::BUSY) => "another program uses it".into(),
+            Self::Refused(error) => error.to_string(),
+        }
+    }
 }
 
 /// Asks the kernel for something about a descriptor of the TAP driver.
@@ -52,29 +84,33 @@ impl Tap {
         if name.is_empty() || name.len() >= libc::IFNAMSIZ || name.contains(['/', '%', ' ']) {
             return Err(fail("not a name of an interface".into()));
         }
-        let multi_queue = Self::has_queues(name);
-        let queues = match (queues, multi_queue) {
-            (Some(queues), _) => queues,
-            (None, Some(false)) => 1,
-            (None, _) => default_queues,
+        let mut count = queues.unwrap_or(default_queues).max(1);
+        let mut multi_queue = count > 1;
+        let mut first = Self::open_queue(name, multi_queue);
+        if matches!(first, Err(OpenError::Other)) {
+            // There is one that was made the other way. (sysfs would say so, but may be that of
+            // another network namespace.)
+            first = Self::open_queue(name, !multi_queue);
+            if first.is_ok() {
+                multi_queue = !multi_queue;
+            }
         }
-        .max(1);
-        if queues > 1 && multi_queue == Some(false) {
-            return Err(fail(format!(
-                "it has one queue; make it with `ip tuntap add dev {name} mode tap multi_queue`, \
-                 or use queues=1"
-            )));
-        }
-        let mut flags = IFF_TAP | IFF_NO_PI | IFF_VNET_HDR;
-        if queues > 1 || multi_queue == Some(true) {
-            flags |= IFF_MULTI_QUEUE;
+        let first = first.map_err(|error| fail(error.reason(name)))?;
+        if count > 1 && !multi_queue {
+            if queues.is_some() {
+                return Err(fail(format!(
+                    "it has one queue; make it with `ip tuntap add dev {name} mode tap \
+                     multi_queue`, or use queues=1"
+                )));
+            }
+            count = 1;
         }
         let mut tap = Self {
             name: name.to_owned(),
-            queues: Vec::new(),
+            queues: vec![first],
         };
-        for _ in 0..queues {
-            let queue = Self::open_queue(name, flags).map_err(fail)?;
+        for _ in 1..count {
+            let queue = Self::open_queue(name, true).map_err(|error| fail(error.reason(name)))?;
             tap.queues.push(queue);
         }
         tap.set_receive_offloads(ReceiveOffloads::default())
@@ -82,25 +118,17 @@ impl Tap {
         Ok(tap)
     }
 
-    /// Whether the TAP was made for several queues; `None` if there is no such TAP.
-    fn has_queues(name: &str) -> Option<bool> {
-        let text = fs::read_to_string(format!("/sys/class/net/{name}/tun_flags")).ok()?;
-        let flags = u32::from_str_radix(text.trim().trim_start_matches("0x"), 16).ok()?;
-        Some(flags & IFF_MULTI_QUEUE as u32 != 0)
-    }
-
-    fn open_queue(name: &str, flags: libc::c_int) -> Result<VnetSocket, String> {
+    fn open_queue(name: &str, multi_queue: bool) -> Result<VnetSocket, OpenError> {
         let file = OpenOptions::new()
             .read(true)
             .write(true)
             .custom_flags(libc::O_NONBLOCK)
             .open(TUN)
-            .map_err(|error| match error.kind() {
-                io::ErrorKind::NotFound => {
-                    format!("{TUN} is not there; load the kernel module `tun`")
-                }
-                _ => format!("{TUN}: {error}"),
-            })?;
+            .map_err(OpenError::Device)?;
+        let mut flags = IFF_TAP | IFF_NO_PI | IFF_VNET_HDR;
+        if multi_queue {
+            flags |= IFF_MULTI_QUEUE;
+        }
         // SAFETY: `ifreq` is plain data, for which zeros are valid.
         let mut request: libc::ifreq = unsafe { std::mem::zeroed() };
         for (to, from) in request.ifr_name.iter_mut().zip(name.bytes()) {
@@ -108,17 +136,11 @@ impl Tap {
         }
         request.ifr_ifru.ifru_flags = flags as libc::c_short;
         ioctl(file.as_fd(), libc::TUNSETIFF, &raw mut request).map_err(|error| match error {
-            Errno::PERM | Errno::ACCESS => format!(
-                "may not be opened; run as root, or make it for yourself with `ip tuntap add dev \
-                 {name} mode tap user $USER`"
-            ),
-            Errno::BUSY => "another program uses it".into(),
-            Errno::INVAL => "it is not a TAP, or was made with other properties".into(),
-            error => error.to_string(),
+            Errno::INVAL => OpenError::Other,
+            error => OpenError::Refused(error),
         })?;
         let mut size = VNET_HEADER as libc::c_int;
-        ioctl(file.as_fd(), libc::TUNSETVNETHDRSZ, &raw mut size)
-            .map_err(|error| format!("size of its headers: {error}"))?;
+        ioctl(file.as_fd(), libc::TUNSETVNETHDRSZ, &raw mut size).map_err(OpenError::Refused)?;
         Ok(VnetSocket::new(file.into()))
     }
 
