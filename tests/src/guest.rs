@@ -13,8 +13,10 @@ use anyhow::{Context, Result, bail, ensure};
 use guest_agent::{Client, Output, Running};
 use host_harness::disk::DiskOptions;
 use host_harness::host::{Host, HostConfig};
+use host_harness::net::NetOptions;
 use host_harness::vm::serial::SerialBackend;
 use host_harness::vm::{ExitReason, VmConfig};
+use host_harness::vsp::netvsp::NicStatus;
 use hv_proto::version::Version;
 
 use crate::klog;
@@ -59,6 +61,14 @@ impl Drivers {
         }
     }
 
+    /// The network driver's module.
+    pub fn network_module(self) -> &'static str {
+        match self {
+            Self::C => "hv_netvsc",
+            Self::Rust => "netvsc",
+        }
+    }
+
     /// The word for the kernel's command line that caps the VMBus version, as the bus driver's parameter.
     fn max_version(self, version: Version) -> String {
         match self {
@@ -74,6 +84,7 @@ pub struct GuestBuilder {
     cpus: u32,
     memory_mib: u64,
     disks: Vec<DiskOptions>,
+    nics: Vec<NetOptions>,
     host_version: Version,
     monitor_latency: Option<Duration>,
     trace: Option<PathBuf>,
@@ -95,6 +106,13 @@ impl GuestBuilder {
     #[must_use]
     pub fn disk(mut self, disk: DiskOptions) -> Self {
         self.disks.push(disk);
+        self
+    }
+
+    /// Add a NIC.
+    #[must_use]
+    pub fn nic(mut self, nic: NetOptions) -> Self {
+        self.nics.push(nic);
         self
     }
 
@@ -207,6 +225,7 @@ impl GuestBuilder {
         config.monitor_latency = self.monitor_latency;
         config.trace = self.trace;
         config.disks = disks;
+        config.nics = self.nics;
         let host = Host::start(config)?;
         let agent = Client::new(agent_here)?;
         let guest = Guest {
@@ -267,6 +286,7 @@ impl Guest {
             cpus: 1,
             memory_mib: 512,
             disks: Vec::new(),
+            nics: Vec::new(),
             host_version: Version::V5_3,
             monitor_latency: None,
             trace: None,
@@ -306,6 +326,39 @@ impl Guest {
             .find(|controller| controller.name == name);
         let controller = found.with_context(|| format!("no controller {name}"))?;
         Ok(format!("/sys/bus/vmbus/devices/{}", controller.instance))
+    }
+
+    /// What the host knows of a NIC, `net0` or so.
+    ///
+    /// # Errors
+    ///
+    /// When there is no such NIC.
+    pub fn nic(&self, name: &str) -> Result<NicStatus> {
+        let nics = self.host.network().nics();
+        let found = nics.into_iter().find(|nic| nic.name == name);
+        found.with_context(|| format!("no NIC {name}"))
+    }
+
+    /// Load the network driver: it is not there in a guest that had no NIC when it started.
+    ///
+    /// # Errors
+    ///
+    /// As [`Guest::sh`].
+    pub fn load_network_driver(&self) -> Result<()> {
+        self.sh(&format!("modprobe {}", self.drivers.network_module()))?;
+        Ok(())
+    }
+
+    /// The guest's name of a NIC, `eth0` or so, waited for.
+    ///
+    /// # Errors
+    ///
+    /// When the NIC does not appear.
+    pub fn interface(&self, nic: &str) -> Result<String> {
+        let device = self.nic(nic)?.instance;
+        self.wait_for(&format!(
+            "ls /sys/bus/vmbus/devices/{device}/net 2>/dev/null | grep ."
+        ))
     }
 
     /// Wait until something holds on the host's side.

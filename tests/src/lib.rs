@@ -12,8 +12,10 @@
 pub mod guest;
 pub mod klog;
 pub mod manifest;
+pub mod namespace;
 
 pub use guest::{Drivers, Guest, GuestBuilder};
+pub use namespace::Namespace;
 
 /// Makes two tests of each function, `c::NAME` and `rust::NAME`.
 ///

@@ -13,6 +13,8 @@ const VARIABLE: &str = "VIRIDIAN_MANIFEST";
 /// The files of one set-up. All paths are absolute.
 #[derive(Debug, Clone, Deserialize)]
 pub struct Manifest {
+    /// The program `host-harness`.
+    pub harness: PathBuf,
     /// The guest's kernel, a bzImage.
     pub kernel: PathBuf,
     /// Its release, as `uname -r` gives it.

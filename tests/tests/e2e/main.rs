@@ -12,4 +12,5 @@ mod images;
 mod lifecycle;
 mod lsvmbus;
 mod monitor;
+mod net;
 mod parity;
