@@ -12,6 +12,7 @@ use crate::{
     KernelArgs, Unmet,
     cache::Cache,
     guest::{self, GuestArgs},
+    host,
     l1::{Job, L1},
     qemu::Qemu,
     rootfs, setup, ui,
@@ -55,6 +56,16 @@ pub struct BootArgs {
     /// Write every VMBus message and packet header to this file, as JSON lines
     #[arg(long, value_name = "FILE")]
     pub trace: Option<PathBuf>,
+    /// A NIC, as `host-harness run --net` has it; may be repeated (default: passt, which is user-mode
+    /// networking)
+    #[arg(long, value_name = "KEY=VALUE,...", conflicts_with = "no_net")]
+    pub net: Vec<String>,
+    /// No NIC
+    #[arg(long)]
+    pub no_net: bool,
+    /// Write what crosses the NICs to this file, for Wireshark and tshark
+    #[arg(long, value_name = "FILE", conflicts_with = "no_net")]
+    pub pcap: Option<PathBuf>,
     #[command(flatten)]
     pub kernel: KernelArgs,
 }
@@ -72,11 +83,26 @@ fn command_line(boot: &BootArgs, size: Option<(u16, u16)>) -> String {
     } else if boot.run.is_none() {
         words.push("viridian.shell".to_owned());
     }
+    if !boot.no_net {
+        words.push("viridian.dhcp".to_owned());
+    }
     if let Some((rows, columns)) = size {
         words.push(format!("viridian.size={rows}x{columns}"));
     }
     words.extend(boot.append.clone());
     words.join(" ")
+}
+
+/// The NICs of a guest, as the harness takes them.
+fn nics(boot: &BootArgs, has_passt: bool) -> Vec<String> {
+    if boot.no_net || !boot.net.is_empty() {
+        return boot.net.clone();
+    }
+    if !has_passt {
+        ui::info("no network: there is no `passt` here (it is in the Debian package of that name)");
+        return Vec::new();
+    }
+    vec!["passt".to_owned()]
 }
 
 /// Makes a path absolute, so that it means the same in the L1 VM.
@@ -122,6 +148,13 @@ pub fn run(cache: &Cache, boot: &BootArgs) -> Result<u8> {
         let path = absolute(path)?;
         writable.push(directory_of(&path)?);
         options.push(format!("--trace={}", path.display()));
+    }
+    let nics = nics(boot, host::has_passt());
+    options.extend(nics.iter().map(|nic| format!("--net={nic}")));
+    if let (Some(path), false) = (&boot.pcap, nics.is_empty()) {
+        let path = absolute(path)?;
+        writable.push(directory_of(&path)?);
+        options.push(format!("--pcap={}", path.display()));
     }
     writable.sort();
     writable.dedup();
@@ -294,6 +327,7 @@ mod tests {
             "initcall_blacklist=hv_acpi_init",
             "viridian.root=LABEL=viridian-root",
             "viridian.size=40x120",
+            "viridian.dhcp",
         ] {
             assert!(line.contains(word), "{line}");
         }
@@ -305,6 +339,16 @@ mod tests {
         let line = command_line(&boot, None);
         assert!(!line.contains("initcall_blacklist"));
         assert!(line.ends_with(" a b=c"));
+    }
+
+    #[test]
+    fn there_is_a_network_unless_it_is_refused_or_cannot_be() {
+        let of = |words: &[&str], has_passt| nics(&parse(words).unwrap(), has_passt);
+        assert_eq!(of(&[], true), ["passt"]);
+        assert!(of(&[], false).is_empty());
+        assert!(of(&["--no-net"], true).is_empty());
+        let two = ["--net", "tap=a,mtu=9000", "--net", "passt"];
+        assert_eq!(of(&two, false), ["tap=a,mtu=9000", "passt"]);
     }
 
     #[test]
@@ -321,6 +365,8 @@ mod tests {
             &["--drivers", "go"],
             &["--kdir", "a", "--kernel-package", "b"],
             &["--keep", "a", "--initramfs"],
+            &["--no-net", "--net", "passt"],
+            &["--no-net", "--pcap", "a"],
         ] {
             assert!(parse(words).is_err(), "{words:?}");
         }

@@ -91,6 +91,11 @@ fn is_installed(package: &HostPackage) -> bool {
     }
 }
 
+/// Whether there is the program that guests reach the network through.
+pub fn has_passt() -> bool {
+    program_exists("passt")
+}
+
 /// Whether this process has root rights.
 pub fn is_root() -> bool {
     rustix::process::geteuid().is_root()

@@ -111,7 +111,7 @@ impl Passt {
                 .spawn(move || {
                     for line in io::BufReader::new(stderr).lines().map_while(Result::ok) {
                         if is_message(&line) {
-                            tracing::warn!("passt: {line}");
+                            tracing::info!("passt: {line}");
                         }
                     }
                 })
