@@ -101,7 +101,7 @@ impl ic::Actor for Power {
     fn answered(&self, request: Request) {
         match request {
             Request::Do { action, force } => {
-                if vmbus::may_log() {
+                if vmbus::may_tell() {
                     dev_info!(
                         self.device,
                         "the host asks the guest to {}{}\n",
@@ -119,12 +119,12 @@ impl ic::Actor for Power {
                 }
             }
             Request::CannotHibernate => {
-                if vmbus::may_log() {
+                if vmbus::may_tell() {
                     dev_info!(self.device, "refused to hibernate: not possible here\n");
                 }
             }
             Request::Unknown { flags } => {
-                if vmbus::may_log() {
+                if vmbus::may_tell() {
                     dev_info!(self.device, "refused an unknown request ({:#x})\n", flags);
                 }
             }

@@ -257,3 +257,13 @@ bool vmbus_helper_ratelimit(void)
 
 	return __ratelimit(&state);
 }
+
+bool vmbus_helper_ratelimit_news(void)
+{
+	/* The flag: what was left out is not worth a warning. */
+	static struct ratelimit_state state =
+		RATELIMIT_STATE_INIT_FLAGS(state, DEFAULT_RATELIMIT_INTERVAL,
+					   DEFAULT_RATELIMIT_BURST, RATELIMIT_MSG_ON_RELEASE);
+
+	return __ratelimit(&state);
+}

@@ -70,5 +70,6 @@ void vmbus_helper_set_node(struct device *dev, int node);
 void vmbus_helper_init_dma(struct device *dev, u64 *mask,
 			   struct device_dma_parameters *parms);
 bool vmbus_helper_ratelimit(void);
+bool vmbus_helper_ratelimit_news(void);
 
 #endif

@@ -122,22 +122,19 @@ impl<A: Actor> Session<A> {
     }
 
     fn negotiated(&self, event: &Event<<A::Service as Service>::Event>) {
-        if !log::is_allowed() {
-            return;
-        }
         match event {
-            Event::Negotiated(agreed) => dev_info!(
+            Event::Negotiated(agreed) if log::is_news_allowed() => dev_info!(
                 self.device,
                 "{} IC version {}\n",
                 A::TITLE,
                 Show(agreed.message)
             ),
-            Event::NoCommonVersion => dev_warn!(
+            Event::NoCommonVersion if log::is_allowed() => dev_warn!(
                 self.device,
                 "{}: the host knows none of our versions\n",
                 A::TITLE
             ),
-            Event::Service(_) => {}
+            _ => {}
         }
     }
 

@@ -15,10 +15,17 @@ impl<T: core::fmt::Display> fmt::Display for Show<T> {
     }
 }
 
-/// Whether one more message about what the host does is all right now. Any context.
+/// Whether one more complaint about what the host does is all right now. Any context.
 pub fn is_allowed() -> bool {
     // SAFETY: Always safe to call, from any context.
     unsafe { raw::vmbus_helper_ratelimit() }
+}
+
+/// As [`is_allowed`], for what is in order but up to the host. Modules that are loaded again and
+/// again leave no room for complaints otherwise. Any context.
+pub fn is_news_allowed() -> bool {
+    // SAFETY: Always safe to call, from any context.
+    unsafe { raw::vmbus_helper_ratelimit_news() }
 }
 
 /// As `pr_warn!`, but not too often.

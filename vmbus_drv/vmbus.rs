@@ -72,6 +72,7 @@ pub use self::{
     },
     log::{
         is_allowed as may_log,
+        is_news_allowed as may_tell,
         Show, //
     },
     memory::SharedBuffer,
