@@ -303,6 +303,9 @@ pub enum Verb {
     /// Work on the disks
     #[command(subcommand)]
     Disk(DiskVerb),
+    /// Work on the NICs
+    #[command(subcommand)]
+    Nic(NicVerb),
 }
 
 /// Options of the verbs that ask the guest to end.
@@ -385,6 +388,38 @@ pub enum DiskVerb {
     },
 }
 
+/// The verbs of `ctl nic`.
+#[derive(Debug, Subcommand)]
+pub enum NicVerb {
+    /// Attach a NIC; shows its name
+    Add {
+        /// As after `run --net`; its paths begin where the host was started
+        #[arg(value_name = "KEY=VALUE,...", value_parser = net)]
+        options: String,
+    },
+    /// Take a NIC away, as if it was pulled out
+    Remove {
+        /// Its name
+        nic: String,
+    },
+    /// Put the cable in, or take it out
+    Link {
+        /// Its name
+        nic: String,
+        /// Whether the cable is in
+        state: LinkState,
+    },
+}
+
+/// Where a cable is.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub enum LinkState {
+    /// In.
+    Up,
+    /// Out.
+    Down,
+}
+
 /// What to do when the guest reports a crash.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
 pub enum OnCrash {
@@ -392,6 +427,14 @@ pub enum OnCrash {
     End,
     /// Let the guest go on.
     Continue,
+}
+
+/// A NIC as it is described to a host, which reads it again.
+fn net(text: &str) -> Result<String, String> {
+    match text.parse::<NetOptions>() {
+        Ok(_) => Ok(text.to_owned()),
+        Err(error) => Err(error.to_string()),
+    }
 }
 
 /// A disk as it is described to a host that may run elsewhere: paths begin here.

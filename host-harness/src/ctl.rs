@@ -8,7 +8,7 @@ use clap::ValueEnum;
 use host_harness::api::{Client, ClientError};
 use serde_json::{Value, json};
 
-use crate::cli::{ButtonArg, CtlArgs, DiskVerb, EndArgs, Verb};
+use crate::cli::{ButtonArg, CtlArgs, DiskVerb, EndArgs, LinkState, NicVerb, Verb};
 
 /// Exit status of a program that ends with this error.
 pub fn exit_status(error: &ClientError) -> u8 {
@@ -82,6 +82,14 @@ pub fn run(args: &CtlArgs) -> anyhow::Result<u8> {
             DiskVerb::Remove { disk } => post("/v1/disk/remove", json!({ "disk": disk }))?,
             DiskVerb::Resize { disk, size } => {
                 post("/v1/disk/resize", json!({ "disk": disk, "size": size.0 }))?
+            }
+        },
+        Verb::Nic(verb) => match verb {
+            NicVerb::Add { options } => post("/v1/nic/add", json!({ "options": options }))?,
+            NicVerb::Remove { nic } => post("/v1/nic/remove", json!({ "nic": nic }))?,
+            NicVerb::Link { nic, state } => {
+                let up = *state == LinkState::Up;
+                post("/v1/nic/link", json!({ "nic": nic, "up": up }))?
             }
         },
     };

@@ -15,6 +15,7 @@ use super::http::{Request, Status};
 use crate::control::{Control, ControlError};
 use crate::disk::DiskOptions;
 use crate::events::Subscription;
+use crate::net::NetOptions;
 use crate::vsp::ic::{AskError, Shutdown, Timesync};
 use crate::vsp::inputvsp::{Button, InputError, Key, KeyAction, Keyboard, Mouse, MouseInput};
 use crate::vsp::netvsp::NetworkError;
@@ -56,8 +57,14 @@ impl From<ControlError> for Failure {
 fn network_status(error: &NetworkError) -> Status {
     match error {
         NetworkError::NoSuchNic(_) => Status::NOT_FOUND,
-        NetworkError::Net(_) => Status::BAD_REQUEST,
+        NetworkError::Thread { .. } => Status::INTERNAL,
         _ => Status::CONFLICT,
+    }
+}
+
+impl From<NetworkError> for Failure {
+    fn from(error: NetworkError) -> Self {
+        Self(network_status(&error), error.to_string())
     }
 }
 
@@ -307,6 +314,36 @@ pub(super) const CALLS: &[Call] = &[
             done()
         },
     },
+    Call {
+        method: "POST",
+        path: "/v1/nic/add",
+        run: |control, body| {
+            let Options { options } = parse(body)?;
+            let options: NetOptions = options
+                .parse()
+                .map_err(|error| bad_body(format!("options: {error}")))?;
+            let name = control.network.add(&options)?;
+            value(json!({ "nic": name }))
+        },
+    },
+    Call {
+        method: "POST",
+        path: "/v1/nic/remove",
+        run: |control, body| {
+            let NicName { nic } = parse(body)?;
+            control.network.remove(&nic)?;
+            done()
+        },
+    },
+    Call {
+        method: "POST",
+        path: "/v1/nic/link",
+        run: |control, body| {
+            let Link { nic, up } = parse(body)?;
+            control.network.set_link(&nic, up)?;
+            done()
+        },
+    },
 ];
 
 #[derive(Deserialize)]
@@ -336,6 +373,19 @@ struct DiskName {
 struct Resize {
     disk: String,
     size: u64,
+}
+
+#[derive(Deserialize)]
+#[serde(deny_unknown_fields)]
+struct NicName {
+    nic: String,
+}
+
+#[derive(Deserialize)]
+#[serde(deny_unknown_fields)]
+struct Link {
+    nic: String,
+    up: bool,
 }
 
 #[derive(Deserialize)]

@@ -20,8 +20,10 @@ use super::{ApiServer, Client, ClientError};
 use crate::control::Control;
 use crate::events::Event;
 use crate::hypervisor::{FixedClock, ReferenceClock};
+use crate::net::link_pair;
 use crate::vm::{Order, VmControl};
 use crate::vmbus::test_guest::FakeGuest;
+use crate::vsp::netvsp::{Network, NicParams};
 use crate::vsp::services::{ServiceKind, Services};
 use crate::vsp::storvsp::{Storage, StorageConfig};
 
@@ -45,11 +47,13 @@ impl Setup {
         let clock: Arc<dyn ReferenceClock> = Arc::new(FixedClock);
         let services = Services::new(&ServiceKind::all(), &guest.events, &clock);
         services.connect(&guest.server).unwrap();
+        let network = Network::new(1, None).unwrap();
+        network.connect(&guest.server).unwrap();
         let control = Arc::new(Control {
             vm,
             server: Some(guest.server.clone()),
             storage,
-            network: crate::vsp::netvsp::Network::new(1, None).unwrap(),
+            network,
             services,
             events: guest.events.clone(),
         });
@@ -167,6 +171,36 @@ fn disks_come_grow_and_go() {
 }
 
 #[test]
+fn nics_come_change_and_go() {
+    let setup = Setup::new();
+    let nic = |setup: &Setup| {
+        let state = setup.state();
+        let devices = state["vmbus"]["devices"].as_array().unwrap().clone();
+        devices.into_iter().find(|device| device["name"] == "lan")
+    };
+    // A network in memory: what `options` can open needs rights that a test may not have.
+    let (network, _other_end) = link_pair("lan", 1).unwrap();
+    let mut params = NicParams::new(Arc::new(network));
+    params.id = Some("lan".into());
+    setup.control.network.add_nic(params).unwrap();
+    assert_eq!(nic(&setup).unwrap()["network"]["link"], true);
+    for up in [false, true] {
+        let link = json!({"nic": "lan", "up": up});
+        setup.client.post("/v1/nic/link", &link).unwrap();
+        assert_eq!(nic(&setup).unwrap()["network"]["link"], up);
+    }
+    // The name is taken; no network is opened for that.
+    let options = json!({"options": "passt=/nowhere/passt,id=lan"});
+    let (status, message) = setup.refused("POST", "/v1/nic/add", Some(&options));
+    assert_eq!(status, 409, "{message}");
+    assert!(message.contains("'lan'"), "{message}");
+    let name = json!({"nic": "lan"});
+    setup.client.post("/v1/nic/remove", &name).unwrap();
+    assert_eq!(nic(&setup), None);
+    assert_eq!(setup.refused("POST", "/v1/nic/remove", Some(&name)).0, 404);
+}
+
+#[test]
 fn a_rescinded_device_is_gone() {
     let setup = Setup::new();
     let events = setup.control.events.subscribe();
@@ -281,6 +315,22 @@ fn bad_requests_get_an_error_and_change_nothing() {
             "/v1/disk/resize",
             json!({"disk": "x", "size": -1}),
             400,
+        ),
+        ("POST", "/v1/nic/add", json!({"options": "mtu=1500"}), 400),
+        (
+            "POST",
+            "/v1/nic/add",
+            json!({"options": "passt=/nowhere/passt"}),
+            409,
+        ),
+        ("POST", "/v1/nic/add", json!({"nic": "lan"}), 400),
+        ("POST", "/v1/nic/remove", json!({"nic": "lan"}), 404),
+        ("POST", "/v1/nic/link", json!({"nic": "lan", "up": 1}), 400),
+        (
+            "POST",
+            "/v1/nic/link",
+            json!({"nic": "lan", "up": true}),
+            404,
         ),
     ] {
         let (status, message) = setup.refused(method, path, Some(&body));
