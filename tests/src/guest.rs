@@ -17,6 +17,7 @@ use host_harness::net::NetOptions;
 use host_harness::vm::serial::SerialBackend;
 use host_harness::vm::{ExitReason, VmConfig};
 use host_harness::vsp::netvsp::NicStatus;
+use host_harness::vsp::services::ServiceKind;
 use hv_proto::version::Version;
 
 use crate::klog;
@@ -92,6 +93,8 @@ pub struct GuestBuilder {
     debian: bool,
     tools: bool,
     reboot: bool,
+    run_after_crash: bool,
+    services: Vec<ServiceKind>,
 }
 
 impl GuestBuilder {
@@ -174,6 +177,20 @@ impl GuestBuilder {
         self
     }
 
+    /// Let a guest that crashes go on with whatever it does then.
+    #[must_use]
+    pub fn run_after_crash(mut self) -> Self {
+        self.run_after_crash = true;
+        self
+    }
+
+    /// Add an integration component or input device to those that every guest has.
+    #[must_use]
+    pub fn service(mut self, service: ServiceKind) -> Self {
+        self.services.push(service);
+        self
+    }
+
     /// Start the guest and wait for its agent.
     ///
     /// # Errors
@@ -210,6 +227,7 @@ impl GuestBuilder {
         vm.cpus = self.cpus;
         vm.memory = self.memory_mib << 20;
         vm.reboot = self.reboot;
+        vm.run_after_crash = self.run_after_crash;
         vm.serial = [
             SerialBackend::Streams {
                 output: Box::new(console.clone()),
@@ -226,6 +244,7 @@ impl GuestBuilder {
         config.trace = self.trace;
         config.disks = disks;
         config.nics = self.nics;
+        config.services.extend(self.services);
         let host = Host::start(config)?;
         let agent = Client::new(agent_here)?;
         let guest = Guest {
@@ -294,6 +313,8 @@ impl Guest {
             debian: false,
             tools: false,
             reboot: false,
+            run_after_crash: false,
+            services: Vec::new(),
         }
     }
 
@@ -382,6 +403,19 @@ impl Guest {
     /// Which drivers it runs.
     pub fn drivers(&self) -> Drivers {
         self.drivers
+    }
+
+    /// Wait for the agent of a guest that starts again.
+    ///
+    /// # Errors
+    ///
+    /// With the guest's console, when it does not come up.
+    pub fn wait_for_restart(&self) -> Result<()> {
+        self.agent.expect_restart();
+        match self.agent.wait_ready(BOOT) {
+            Ok(()) => Ok(()),
+            Err(error) => bail!("{error}\n--- console\n{}", self.console),
+        }
     }
 
     /// What it printed on its console so far.

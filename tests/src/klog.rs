@@ -20,7 +20,21 @@ const BROKEN: &[&str] = &[
 ];
 
 /// Prefixes of the messages of the drivers under test, the C ones and ours.
-const DRIVERS: &[&str] = &["vmbus", "hv_", "storvsc", "netvsc", "scsi", "sd "];
+const DRIVERS: &[&str] = &[
+    "vmbus",
+    "hv_",
+    "storvsc",
+    "netvsc",
+    "heartbeat ",
+    "timesync ",
+    "shutdown ",
+    "hid_vsc ",
+    "hid_hyperv ",
+    "hid-hyperv ",
+    "hyperv_keyboard ",
+    "scsi",
+    "sd ",
+];
 
 /// What the kernel says of every module that is not its own. It begins with the module's name.
 const TAINT: &str = "loading out-of-tree module taints kernel";

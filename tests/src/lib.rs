@@ -13,6 +13,7 @@ pub mod guest;
 pub mod klog;
 pub mod manifest;
 pub mod namespace;
+pub mod services;
 
 pub use guest::{Drivers, Guest, GuestBuilder};
 pub use namespace::Namespace;

@@ -36,7 +36,7 @@ const L1_MODULES: &[&str] = &[
     "8021q",
 ];
 
-/// What the guest's kernel needs: disks and their file system, VLANs, and the C drivers for comparison.
+/// What the guest's kernel needs: disks and their file system, VLANs, input, and the C drivers for comparison.
 const GUEST_MODULES: &[&str] = &[
     "scsi_mod",
     "sd_mod",
@@ -47,6 +47,7 @@ const GUEST_MODULES: &[&str] = &[
     "hv_netvsc",
     "8021q",
     "hid",
+    "hid_generic",
     "evdev",
     "hv_utils",
     "hid_hyperv",
