@@ -53,8 +53,8 @@ struct Progress {
 }
 
 /// What a guest's kernel says when an interrupt comes although interrupts are off, in the few instructions before it
-/// has changed stacks. No guest and no host can bring that about on a processor that works; QEMU's emulation of
-/// SVM does, about once in a hundred guests.
+/// has changed stacks. A guest cannot bring that about, nor can the harness, which has its interrupts delivered by KVM:
+/// the fault is in the emulated processor or in the KVM on it. Seen once in about 130 guests; the cause is not known.
 const EMULATOR_FAULT: &str = "BUG: ENTRY_TRAMPOLINE stack guard page was hit";
 
 /// What a test printed, out of the report on the tests that failed.
@@ -214,7 +214,7 @@ impl Program {
         let mut rest: Vec<String> = waiting.into_iter().cloned().collect();
         let mut shown = false;
         for (name, time) in failures {
-            if self.is_emulated() && is_emulators(progress, &name, &output) {
+            if self.is_emulated() && failed_by_emulation(progress, &name, &output) {
                 println!("          again  {name}: the emulated processor failed");
                 rest.push(name);
                 continue;
@@ -235,7 +235,7 @@ impl Program {
 }
 
 /// Whether a test failed by a fault of the emulated processor, the first time that it did.
-fn is_emulators(progress: &Mutex<Progress>, name: &str, output: &str) -> bool {
+fn failed_by_emulation(progress: &Mutex<Progress>, name: &str, output: &str) -> bool {
     let mut progress = progress.lock().unwrap_or_else(PoisonError::into_inner);
     if !section(output, name).contains(EMULATOR_FAULT) || progress.again.iter().any(|n| n == name) {
         return false;
@@ -353,7 +353,7 @@ mod tests {
         // Once.
         let progress = Mutex::new(progress);
         let text = format!("---- b stdout ----\n{EMULATOR_FAULT}\n");
-        assert!(!is_emulators(&progress, "b", &text));
+        assert!(!failed_by_emulation(&progress, "b", &text));
     }
 
     #[test]
