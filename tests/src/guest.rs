@@ -197,6 +197,7 @@ impl GuestBuilder {
     ///
     /// With the guest's console, when the guest does not come up.
     pub fn boot(self) -> Result<Guest> {
+        show_complaints();
         let manifest = Manifest::load()?;
         let (agent_here, agent_there) = UnixStream::pair()?;
         let console = Console::default();
@@ -261,6 +262,16 @@ impl GuestBuilder {
         }
         Ok(guest)
     }
+}
+
+/// Lets the host's warnings be seen beside what a test prints.
+fn show_complaints() {
+    // Another test of the program may have done it.
+    _ = tracing_subscriber::fmt()
+        .with_max_level(tracing::Level::WARN)
+        .with_writer(std::io::stderr)
+        .with_ansi(false)
+        .try_init();
 }
 
 /// What a guest prints on its console.
@@ -636,13 +647,31 @@ impl Guest {
         }
     }
 
+    /// What both sides say at the end of a test that fails.
     fn last_words(&self) -> String {
-        match self
-            .agent
-            .run("dmesg | tail -n 40", Duration::from_secs(60))
-        {
+        // Tasks that wait: the driver may wait for the host, or the host for the driver.
+        let guest = self.agent.run(
+            "dmesg | tail -n 40
+             for task in /proc/[0-9]*; do
+                 grep -q '^State:.*D' $task/status 2>/dev/null || continue
+                 echo \"--- $(cat $task/comm) waits\"; cat $task/stack
+             done",
+            Duration::from_secs(60),
+        );
+        let guest = match guest {
             Ok(output) => output.stdout,
             Err(error) => error.to_string(),
-        }
+        };
+        let status = self.host.server().map(|server| server.status());
+        let channels = status.into_iter().flat_map(|status| status.channels);
+        let channels: Vec<_> = channels
+            .map(|channel| {
+                format!(
+                    "{} {}.{}: {}",
+                    channel.id, channel.name, channel.subchannel_index, channel.state
+                )
+            })
+            .collect();
+        format!("{guest}\n--- channels\n{}", channels.join("\n"))
     }
 }
