@@ -6,7 +6,7 @@ use std::fmt;
 use std::io::Write;
 use std::os::unix::net::UnixStream;
 use std::path::PathBuf;
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, LazyLock, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail, ensure};
@@ -197,7 +197,7 @@ impl GuestBuilder {
     ///
     /// With the guest's console, when the guest does not come up.
     pub fn boot(self) -> Result<Guest> {
-        show_complaints();
+        LazyLock::force(&COMPLAINTS);
         let manifest = Manifest::load()?;
         let (agent_here, agent_there) = UnixStream::pair()?;
         let console = Console::default();
@@ -264,15 +264,18 @@ impl GuestBuilder {
     }
 }
 
-/// Lets the host's warnings be seen beside what a test prints.
-fn show_complaints() {
-    // Another test of the program may have done it.
+/// What the host warned of: of all guests of this program, which runs one test at a time.
+static COMPLAINTS: LazyLock<Console> = LazyLock::new(|| {
+    let complaints = Console::default();
+    let writer = complaints.clone();
+    // Without it, only the host's words are missing where a test fails.
     _ = tracing_subscriber::fmt()
         .with_max_level(tracing::Level::WARN)
-        .with_writer(std::io::stderr)
+        .with_writer(move || writer.clone())
         .with_ansi(false)
         .try_init();
-}
+    complaints
+});
 
 /// What a guest prints on its console.
 #[derive(Clone, Default)]
@@ -672,6 +675,10 @@ impl Guest {
                 )
             })
             .collect();
-        format!("{guest}\n--- channels\n{}", channels.join("\n"))
+        format!(
+            "{guest}\n--- channels\n{}\n--- the host's warnings\n{}",
+            channels.join("\n"),
+            *COMPLAINTS
+        )
     }
 }
