@@ -52,3 +52,12 @@ macro_rules! our_drivers {
         }
     };
 }
+
+/// Runs cases on one guest, one after the other, because a guest takes longer to start than most of them. Each is a
+/// function of the arguments in parentheses that returns `anyhow::Result<()>`; an error names the case.
+#[macro_export]
+macro_rules! on_one_guest {
+    ($arguments:tt, $($case:ident),+ $(,)?) => {
+        $(::anyhow::Context::context($case $arguments, stringify!($case))?;)+
+    };
+}
