@@ -191,11 +191,6 @@ void netvsc_helper_napi_schedule(struct napi_struct *napi)
 	napi_schedule(napi);
 }
 
-void netvsc_helper_napi_synchronize(struct napi_struct *napi)
-{
-	napi_synchronize(napi);
-}
-
 void netvsc_helper_gro_receive(struct napi_struct *napi, struct sk_buff *skb)
 {
 	napi_gro_receive(napi, skb);

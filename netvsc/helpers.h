@@ -53,7 +53,6 @@ void netvsc_helper_napi_add(struct net_device *dev, struct napi_struct *napi,
 			    int (*poll)(struct napi_struct *napi, int budget));
 void netvsc_helper_napi_del(struct napi_struct *napi);
 void netvsc_helper_napi_schedule(struct napi_struct *napi);
-void netvsc_helper_napi_synchronize(struct napi_struct *napi);
 void netvsc_helper_gro_receive(struct napi_struct *napi, struct sk_buff *skb);
 
 /* Packets on their way out */

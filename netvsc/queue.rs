@@ -182,11 +182,6 @@ impl Queue {
         });
     }
 
-    /// Waits for a poll that is going on.
-    pub(crate) fn synchronize(&self) {
-        self.napi.synchronize();
-    }
-
     /// Lets users know which NAPI instance serves the queue.
     pub(crate) fn show_napi(&self, rtnl: &net::Rtnl, on: bool) {
         let napi = on.then_some(&self.napi);

@@ -565,9 +565,6 @@ impl Attachment {
             left = left.saturating_sub(STEP_MS);
             fsleep(STEP);
         }
-        for queue in self.queues.iter().filter(|queue| queue.channel().is_some()) {
-            queue.synchronize();
-        }
         true
     }
 

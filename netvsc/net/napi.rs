@@ -127,12 +127,6 @@ impl<T: HasNapi> Napi<T> {
         unsafe { raw::netvsc_helper_napi_schedule(self.napi.get()) };
     }
 
-    /// Waits for a poll that is running. Sleeps.
-    pub(crate) fn synchronize(&self) {
-        // SAFETY: The instance is initialized.
-        unsafe { raw::netvsc_helper_napi_synchronize(self.napi.get()) };
-    }
-
     pub(super) fn as_raw(&self) -> *mut raw::napi_struct {
         self.napi.get()
     }
