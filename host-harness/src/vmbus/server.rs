@@ -339,6 +339,12 @@ impl Server {
         done
     }
 
+    /// Speaks all versions up to this one with the guest's next connection. A guest that is connected
+    /// must unload first.
+    pub fn set_max_version(&self, max_version: Version) {
+        self.lock().connection.set_max_version(max_version);
+    }
+
     pub(super) fn lock(&self) -> MutexGuard<'_, State> {
         // No code of a VSP runs with the lock held, so a panic there cannot poison it; if the
         // server itself has a bug, going on is better for the other devices than stopping.

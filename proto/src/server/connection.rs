@@ -146,6 +146,12 @@ impl Connection {
         }
     }
 
+    /// Speaks all versions up to this one from now on. Meant for while there is no connection: one
+    /// that stands keeps its version, but may lose the connection id that messages come on.
+    pub const fn set_max_version(&mut self, max_version: Version) {
+        self.max_version = max_version;
+    }
+
     /// The agreed version, `None` while there is no connection. It is what
     /// [`GuestMessage::parse`] wants to know.
     pub fn version(&self) -> Option<Version> {

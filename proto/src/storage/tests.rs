@@ -3,7 +3,9 @@
 //! Tests of the storage protocol: layouts, both handshakes against each other and against odd
 //! peers, and the judgement of answers.
 
+use super::host::HostState;
 use super::*;
+use crate::scsi::{AdditionalSense, Opcode, Sense, SenseKey};
 use proptest::prelude::*;
 use std::{vec, vec::Vec};
 

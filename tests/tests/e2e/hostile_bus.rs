@@ -328,21 +328,25 @@ fn ignores_messages_that_make_no_sense(drivers: Drivers) -> Result<()> {
 fn bad_rings_end_their_channel_only(drivers: Drivers) -> Result<()> {
     let images = Images::new()?;
     let kept = images.random("kept.raw", 2 * MIB, 1)?;
-    let hit = images.random("hit.raw", 2 * MIB, 2)?;
-    for (ring, field, value) in [
-        (Direction::ToGuest, Field::WriteIndex, 0xffff_fff8),
-        (Direction::ToGuest, Field::WriteIndex, 13),
-        (Direction::ToHost, Field::ReadIndex, 0x7fff_fff0),
-    ] {
-        let mut second = DiskOptions::new(&hit);
-        second.controller = 1;
-        let guest = Guest::with(drivers)
-            .disk(DiskOptions::new(&kept))
-            .disk(second)
-            .boot()?;
-        read_all(&guest, &kept)?;
-        let name = guest.disk(1, 0)?;
-        let id = primary(&guest, "scsi1")?;
+    // One controller for each.
+    const DAMAGES: [(u8, Direction, Field, u32); 3] = [
+        (1, Direction::ToGuest, Field::WriteIndex, 0xffff_fff8),
+        (2, Direction::ToGuest, Field::WriteIndex, 13),
+        (3, Direction::ToHost, Field::ReadIndex, 0x7fff_fff0),
+    ];
+    let mut builder = Guest::with(drivers).disk(DiskOptions::new(&kept));
+    for (controller, ..) in DAMAGES {
+        let mut disk = DiskOptions::new(images.random(&format!("{controller}.raw"), 2 * MIB, 2)?);
+        disk.controller = controller;
+        builder = builder.disk(disk);
+    }
+    let guest = builder.boot()?;
+    read_all(&guest, &kept)?;
+    let mut names = Vec::new();
+    for (controller, ring, field, value) in DAMAGES {
+        let name = guest.disk(controller, 0)?;
+        let id = primary(&guest, &format!("scsi{controller}"))?;
+        guest.sh("dmesg -c > /dev/null")?;
         ensure!(
             server(&guest)?.hostile().store(id, ring, field, value),
             "the channel is not open"
@@ -364,10 +368,12 @@ fn bad_rings_end_their_channel_only(drivers: Drivers) -> Result<()> {
         ))?;
         ensure!(counters.ends_with("corrupt 1"), "{counters}");
         read_all(&guest, &kept)?;
-        guest.check_log(&[&name, "tag#", "[sd", "sd ", "ring", "storvsc", "suppressed"])?;
-        guest.power_off()?;
+        names.push(name);
+        let mut expected = vec!["tag#", "[sd", "sd ", "ring", "storvsc", "suppressed"];
+        expected.extend(names.iter().map(String::as_str));
+        guest.check_log(&expected)?;
     }
-    Ok(())
+    guest.power_off()
 }
 
 /// Opens channels and never says a word.

@@ -16,7 +16,7 @@ type Attributes = BTreeMap<String, String>;
 /// Reads all attributes of a disk, its queue, its SCSI device and host, and the parameters of the driver's module.
 fn attributes(drivers: Drivers, images: &Images) -> Result<Attributes> {
     let guest = Guest::with(drivers)
-        .cpus(4)
+        .cpus(2)
         .disk(DiskOptions::new(images.path("data.raw")))
         .boot()?;
     let disk = guest.disk(0, 0)?;
