@@ -12,7 +12,8 @@
 //! ```
 //!
 //! A product appears in `store/` by one `rename`, so an interruption at any point leaves only
-//! something in `tmp/`, which the next process that makes something removes.
+//! something in `tmp/`, which the next process that makes something removes. Who uses a product holds a shared lock
+//! on its directory, so that nobody who makes newer ones removes it meanwhile.
 
 use std::{
     fs::{self, File, TryLockError},
@@ -80,6 +81,8 @@ pub struct Cache {
     _use_lock: File,
     /// The lock of the store, while steps of this process hold it.
     store_lock: Mutex<Weak<File>>,
+    /// The locks of the products that this process uses.
+    used: Mutex<Vec<File>>,
 }
 
 /// One step of the set-up: what it makes, and from what.
@@ -146,7 +149,10 @@ impl Cache {
     ///
     /// When the directories or locks cannot be made.
     pub fn open() -> Result<Self> {
-        let root = cache_root()?;
+        Self::at(cache_root()?)
+    }
+
+    fn at(root: PathBuf) -> Result<Self> {
         for name in ["store", "tmp", "log"] {
             let path = root.join(name);
             fs::create_dir_all(&path)
@@ -158,6 +164,7 @@ impl Cache {
             root,
             _use_lock: use_lock,
             store_lock: Mutex::default(),
+            used: Mutex::default(),
         })
     }
 
@@ -194,10 +201,17 @@ impl Cache {
         Ok(file)
     }
 
-    /// The product of a recipe if it is in the store.
+    /// The product of a recipe if it is in the store. It stays there for as long as this value exists.
     pub fn find(&self, recipe: &Recipe<'_>) -> Option<PathBuf> {
         let path = self.place(recipe);
+        let lock = File::open(&path).ok()?;
+        lock.lock_shared().ok()?;
+        // It may have been removed before it was locked.
         path.exists().then(|| {
+            self.used
+                .lock()
+                .unwrap_or_else(PoisonError::into_inner)
+                .push(lock);
             touch(&path);
             path
         })
@@ -210,7 +224,8 @@ impl Cache {
     /// Those of the file system.
     pub fn forget(&self, recipe: &Recipe<'_>) -> Result<()> {
         let _lock = self.lock_store()?;
-        if let Some(path) = self.find(recipe) {
+        let path = self.place(recipe);
+        if path.exists() {
             self.discard(&path)
                 .with_context(|| format!("cannot remove {}", path.display()))?;
         }
@@ -267,10 +282,10 @@ impl Cache {
         )?;
         fs::rename(&temporary.0, &place)
             .with_context(|| format!("cannot rename to {}", place.display()))?;
-        touch(&place);
         step.done();
         self.prune(recipe.name, &place);
-        Ok(place)
+        self.find(recipe)
+            .with_context(|| format!("{} was removed at once", place.display()))
     }
 
     /// The log file of a step.
@@ -294,7 +309,7 @@ impl Cache {
         Ok(Temporary(path))
     }
 
-    /// Removes the products of one name that were not used for longest.
+    /// Removes the products of one name that were not used for longest, and that nobody uses now.
     fn prune(&self, name: &str, keep: &Path) {
         let Ok(entries) = fs::read_dir(self.root.join("store")) else {
             return;
@@ -314,8 +329,13 @@ impl Cache {
         old.sort();
         old.reverse();
         for (_, path) in old.into_iter().skip(KEEP - 1) {
-            // A product that cannot be removed only costs space.
-            let _ = self.discard(&path);
+            let Ok(lock) = File::open(&path) else {
+                continue;
+            };
+            if lock.try_lock().is_ok() {
+                // A product that cannot be removed only costs space.
+                let _ = self.discard(&path);
+            }
         }
     }
 }
@@ -445,6 +465,31 @@ mod tests {
         assert_ne!(base, Key::new("r").add("a", b"2").hex());
         assert_ne!(base, Key::new("r").add("a", b"1").add("", b"").hex());
         assert_eq!(base.len(), 16);
+    }
+
+    #[test]
+    fn products_in_use_are_kept() {
+        let scratch = Scratch::create("kept").unwrap();
+        let make = |cache: &Cache, number: u8| {
+            let recipe = Recipe {
+                name: "product",
+                title: "a product",
+                key: Key::new("test").add("number", &[number]),
+                expected_lines: 1,
+            };
+            cache.get(&recipe, |_, _| Ok(())).unwrap()
+        };
+        let user = Cache::at(scratch.path().to_owned()).unwrap();
+        let used = make(&user, 0);
+        let many: Vec<PathBuf> = (1..=5)
+            .map(|number| make(&Cache::at(scratch.path().to_owned()).unwrap(), number))
+            .collect();
+        let left = |paths: &[PathBuf]| paths.iter().filter(|path| path.exists()).count();
+        assert!(used.exists());
+        assert_eq!(left(&many), KEEP);
+        drop(user);
+        make(&Cache::at(scratch.path().to_owned()).unwrap(), 6);
+        assert!(!used.exists());
     }
 
     #[test]
