@@ -72,7 +72,9 @@ pub struct BootArgs {
 
 /// The kernel's command line for a guest.
 fn command_line(boot: &BootArgs, size: Option<(u16, u16)>) -> String {
-    let mut words = vec!["console=ttyS0 panic=-1 quiet mitigations=off cryptomgr.notests net.ifnames=0".to_owned()];
+    let mut words = vec![
+        "console=ttyS0 panic=-1 quiet mitigations=off cryptomgr.notests net.ifnames=0".to_owned(),
+    ];
     words.push(match boot.drivers {
         // Keeps the C bus driver, which is built in, from starting.
         Drivers::Rust => "viridian.drivers=rust initcall_blacklist=hv_acpi_init".to_owned(),
