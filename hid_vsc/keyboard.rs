@@ -32,8 +32,7 @@ use hv_proto::{
             GuestKeyboard,
             GuestStep,
             Key,
-            LedIndicators,
-            Leds, //
+            LedIndicators, //
         },
         ps2::Ps2Keyboard,
         typing::{
@@ -87,20 +86,16 @@ pub(crate) struct Keyboard {
 impl Keyboard {
     fn key(&self, key: Key) {
         self.link.received.count();
-        let (scanning, leds) = {
-            let ps2 = self.ps2.lock();
-            (ps2.is_scanning(), ps2.leds())
-        };
         let down = match key {
             Key::Scan { codes, down } => {
-                if scanning {
-                    self.line.receive(codes.as_bytes());
-                }
+                // The lock is held until they are sent, so that no answer gets between.
+                let mut ps2 = self.ps2.lock();
+                self.line.receive(ps2.scan(codes.as_bytes()));
                 down
             }
             Key::Unicode { unit, down } => {
-                if down && scanning {
-                    self.character(unit, leds);
+                if down {
+                    self.character(unit);
                 }
                 down
             }
@@ -111,10 +106,12 @@ impl Keyboard {
         }
     }
 
-    fn character(&self, unit: u16, leds: Leds) {
+    fn character(&self, unit: u16) {
         let character = self.characters.lock().push(unit);
         if let Some(character) = character {
-            self.line.receive(Strokes::of(character, leds).as_bytes());
+            let mut ps2 = self.ps2.lock();
+            let strokes = Strokes::of(character, ps2.leds());
+            self.line.receive(ps2.scan(strokes.as_bytes()));
         }
     }
 
@@ -165,14 +162,21 @@ impl serio::Port for Keyboard {
     }
 
     fn write(&self, byte: u8) {
-        let answer = self.ps2.lock().write(byte);
-        if let Some(leds) = answer.leds {
-            // A host that does not hear of it shows the wrong lights; nothing else is lost.
+        let leds = {
+            // As for keys.
+            let mut ps2 = self.ps2.lock();
+            let answer = ps2.write(byte);
+            self.line.receive(answer.as_bytes());
+            answer.leds
+        };
+        if let Some(leds) = leds {
+            // A host that does not hear of it shows the wrong lights; nothing else is lost. It hears of
+            // it when the command is answered: before that, the keys of a user who has seen the light
+            // would be taken for the answer.
             let _ = self
                 .channel
                 .send(LedIndicators::new(leds).as_bytes(), 0, false);
         }
-        self.line.receive(answer.as_bytes());
     }
 }
 

@@ -4,7 +4,8 @@
 //! controller that translates (scan code set 1).
 //!
 //! An operating system asks such a keyboard who it is and sets its lights. The host does not answer
-//! that, so the guest does it itself.
+//! that, so the guest does it itself. It also sees to it that no scan code comes between a command and
+//! its parameter: software that waits for an answer drops what is none.
 //!
 //! Source: the IBM PS/2 technical reference, "Keyboards"; what Linux sends is in
 //! `drivers/input/keyboard/atkbd.c`.
@@ -34,31 +35,59 @@ const DISABLE: u8 = 0xf5;
 const SET_DEFAULTS: u8 = 0xf6;
 const RESET: u8 = 0xff;
 
-/// What the keyboard answers to a byte.
+/// Bytes of scan codes that are held back; more keys than a user presses during a command.
+const HELD: usize = 64;
+
+/// Length of the longest answer, in bytes.
+const ANSWER: usize = 3;
+
+/// Bytes that are sent together.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+struct Bytes<const N: usize> {
+    bytes: [u8; N],
+    len: usize,
+}
+
+impl<const N: usize> Bytes<N> {
+    const EMPTY: Self = Self {
+        bytes: [0; N],
+        len: 0,
+    };
+
+    /// Adds all of `more`, or nothing if there is no room.
+    fn push(&mut self, more: &[u8]) {
+        let end = self.len.saturating_add(more.len());
+        if let Some(room) = self.bytes.get_mut(self.len..end) {
+            for (to, from) in room.iter_mut().zip(more) {
+                *to = *from;
+            }
+            self.len = end;
+        }
+    }
+
+    fn as_slice(&self) -> &[u8] {
+        self.bytes.get(..self.len).unwrap_or_default()
+    }
+}
+
+/// What the keyboard sends when software has written a byte.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Answer {
-    bytes: [u8; 3],
-    len: usize,
+    bytes: Bytes<{ ANSWER + HELD }>,
     /// The lights were set.
     pub leds: Option<Leds>,
 }
 
 impl Answer {
-    fn new(bytes: &[u8]) -> Self {
-        let mut this = Self {
-            bytes: [0; 3],
-            len: bytes.len().min(3),
-            leds: None,
-        };
-        for (to, from) in this.bytes.iter_mut().zip(bytes) {
-            *to = *from;
-        }
-        this
+    fn new(answer: &[u8]) -> Self {
+        let mut bytes = Bytes::EMPTY;
+        bytes.push(answer);
+        Self { bytes, leds: None }
     }
 
-    /// The bytes that the keyboard sends.
+    /// The answer, and the scan codes that were held back until it.
     pub fn as_bytes(&self) -> &[u8] {
-        self.bytes.get(..self.len).unwrap_or_default()
+        self.bytes.as_slice()
     }
 }
 
@@ -67,6 +96,8 @@ impl Answer {
 pub struct Ps2Keyboard {
     /// The command whose parameter comes next.
     command: Option<u8>,
+    /// Scan codes that come after it.
+    held: Bytes<HELD>,
     scanning: bool,
     leds: Leds,
 }
@@ -82,6 +113,7 @@ impl Ps2Keyboard {
     pub const fn new() -> Self {
         Self {
             command: None,
+            held: Bytes::EMPTY,
             scanning: true,
             leds: Leds::empty(),
         }
@@ -97,8 +129,29 @@ impl Ps2Keyboard {
         self.leds
     }
 
+    /// A key was used: gives those of its scan codes that are sent now, all or none. None are before
+    /// the parameter of a command has come; the answer to that has them.
+    pub fn scan<'a>(&mut self, codes: &'a [u8]) -> &'a [u8] {
+        if self.command.is_none() && self.scanning {
+            return codes;
+        }
+        if self.scanning {
+            self.held.push(codes);
+        }
+        &[]
+    }
+
     /// Software has written a byte.
     pub fn write(&mut self, byte: u8) -> Answer {
+        let mut answer = self.answer(byte);
+        if self.command.is_none() {
+            answer.bytes.push(self.held.as_slice());
+            self.held = Bytes::EMPTY;
+        }
+        answer
+    }
+
+    fn answer(&mut self, byte: u8) -> Answer {
         // A command may come in place of a parameter; those are below.
         let command = self.command.take().filter(|_| byte < SET_LEDS);
         match (command, byte) {

@@ -350,6 +350,40 @@ fn ps2_keyboard_answers_as_linux_expects() {
 }
 
 #[test]
+fn no_scan_code_comes_between_a_command_and_its_parameter() {
+    let mut keyboard = Ps2Keyboard::new();
+    assert_eq!(keyboard.scan(&[0x3a]), [0x3a]);
+    keyboard.write(0xed);
+    assert_eq!(keyboard.scan(&[0xba]), []);
+    assert_eq!(keyboard.scan(&[0xe0, 0x48]), []);
+    let answer = keyboard.write(4);
+    assert_eq!(answer.as_bytes(), [0xfa, 0xba, 0xe0, 0x48]);
+    assert_eq!(answer.leds, Some(Leds::CAPS_LOCK));
+    // Once, and not later ones.
+    assert_eq!(keyboard.scan(&[0xe0, 0xc8]), [0xe0, 0xc8]);
+    assert_eq!(keyboard.write(0xee).as_bytes(), [0xee]);
+    // A command in place of the parameter, with one of its own.
+    keyboard.write(0xed);
+    assert_eq!(keyboard.scan(&[0x1e]), []);
+    assert_eq!(keyboard.write(0xf3).as_bytes(), [0xfa]);
+    assert_eq!(keyboard.write(0).as_bytes(), [0xfa, 0x1e]);
+    // A key is sent whole or not at all, however many there are.
+    keyboard.write(0xed);
+    for _ in 0..100 {
+        assert_eq!(keyboard.scan(&[0xe0, 0x48, 0xe0]), []);
+    }
+    assert_eq!(keyboard.write(0).as_bytes().len(), 1 + 63);
+    // A keyboard that is off sends nothing, then or later.
+    keyboard.write(0xf5);
+    assert_eq!(keyboard.scan(&[0x1e]), []);
+    assert_eq!(keyboard.write(0xf4).as_bytes(), [0xfa]);
+    // A reset forgets keys.
+    keyboard.write(0xed);
+    assert_eq!(keyboard.scan(&[0x1e]), []);
+    assert_eq!(keyboard.write(0xff).as_bytes(), [0xfa, 0xaa]);
+}
+
+#[test]
 fn text_is_typed() {
     let key = |code, shift| Some(UsKey { code, shift });
     assert_eq!(us_key('a'), key(0x1e, false));
