@@ -23,6 +23,8 @@ pub struct Manifest {
     pub lsvmbus: PathBuf,
     /// The small user space: busybox, all drivers, the agent.
     pub initramfs: PathBuf,
+    /// Our modules.
+    pub modules_dir: PathBuf,
     /// A Debian root file system: an ext4 image. Guests write to snapshots of it only.
     pub rootfs: PathBuf,
     /// A directory where tests may leave files for people to look at.
@@ -44,5 +46,11 @@ impl Manifest {
             std::fs::read(&path).with_context(|| format!("cannot read {}", path.display()))?;
         serde_json::from_slice(&text)
             .with_context(|| format!("{} is not a manifest", path.display()))
+    }
+
+    /// A root file system that has our modules where `make modules_install` puts them, and nothing else.
+    #[must_use]
+    pub fn installed_modules(&self) -> PathBuf {
+        self.modules_dir.join("installed")
     }
 }

@@ -69,6 +69,11 @@ const PACKAGES: &[HostPackage] = &[
         name: "tshark",
         witness: Witness::Program("tshark"),
     },
+    // The tests speak the control API with it.
+    HostPackage {
+        name: "curl",
+        witness: Witness::Program("curl"),
+    },
 ];
 
 /// Needed only without root rights.

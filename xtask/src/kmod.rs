@@ -43,14 +43,18 @@ pub fn sources() -> Result<Vec<PathBuf>> {
     Ok(files)
 }
 
-/// Builds the modules for the kernel of that key, if they are not in the store.
+/// Where in the modules' directory a root file system begins that has them where `make modules_install` puts them.
+pub const INSTALLED: &str = "installed";
+
+/// Builds the modules for the kernel of that key, if they are not in the store. They are there twice: beside each
+/// other, and in [`INSTALLED`].
 ///
 /// # Errors
 ///
 /// When the build fails; the message ends with what the compiler printed.
 pub fn ensure(cache: &Cache, kernel: &str, build: &Build, bitflags: &Path) -> Result<PathBuf> {
     let sources = sources()?;
-    let mut key = Key::new("modules 2")
+    let mut key = Key::new("modules 3")
         .add("kernel", kernel.as_bytes())
         .add("bitflags", bitflags.as_os_str().as_encoded_bytes());
     for path in &sources {
@@ -66,6 +70,17 @@ pub fn ensure(cache: &Cache, kernel: &str, build: &Build, bitflags: &Path) -> Re
         let work = tmp.join("build");
         copy_sources(&sources, &work)?;
         make(build, bitflags, &work, "modules", step)?;
+        let inside = match build {
+            Build::Root { .. } => Path::new(root::WORK),
+            Build::Tree(_) => &work,
+        };
+        let install = format!(
+            "modules_install INSTALL_MOD_PATH={}",
+            inside.join(INSTALLED).display()
+        );
+        make(build, bitflags, &work, &install, step)?;
+        fs::rename(work.join(INSTALLED), tmp.join(INSTALLED))
+            .context("`make modules_install` installed nothing")?;
         let mut found = false;
         for entry in fs::read_dir(&work)?.flatten() {
             let name = entry.file_name();
