@@ -76,14 +76,20 @@ impl Images {
             std::fs::copy(from, tree.join(to))
                 .with_context(|| format!("cannot copy {}", from.display()))?;
         }
+        let path = self.ext4_of(name, size, &tree)?;
+        std::fs::remove_dir_all(&tree)?;
+        Ok(path)
+    }
+
+    /// A raw image with an ext4 file system that holds a copy of what is in a directory.
+    pub fn ext4_of(&self, name: &str, size: u64, tree: &Path) -> Result<PathBuf> {
         let path = self.blank(name, size)?;
         tool(
             Command::new("mke2fs")
                 .args(["-q", "-F", "-t", "ext4", "-d"])
-                .arg(&tree)
+                .arg(tree)
                 .arg(&path),
         )?;
-        std::fs::remove_dir_all(&tree)?;
         Ok(path)
     }
 }
@@ -91,6 +97,19 @@ impl Images {
 /// Check that a file system on a raw image is clean, as its own checker sees it.
 pub fn check_ext4(image: &Path) -> Result<()> {
     tool(Command::new("e2fsck").args(["-f", "-n"]).arg(image))
+}
+
+/// Check that a file system on a raw image was unmounted by those who used it: its journal has nothing to recover.
+pub fn check_unmounted(image: &Path) -> Result<()> {
+    let output = Command::new("dumpe2fs").arg("-h").arg(image).output()?;
+    let text = String::from_utf8_lossy(&output.stdout);
+    ensure!(
+        text.contains("has_journal") && !text.contains("needs_recovery"),
+        "{}: {text}{}",
+        image.display(),
+        String::from_utf8_lossy(&output.stderr)
+    );
+    check_ext4(image)
 }
 
 /// SHA-256 of a file, in hexadecimal.

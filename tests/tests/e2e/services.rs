@@ -6,32 +6,30 @@ use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
 use anyhow::{Context, Result, ensure};
 use host_harness::events::Event;
+use host_harness::vm::ExitReason;
 use host_harness::vsp::ic::{AskError, Heart, HeartbeatStatus, LinkConfig, LinkState};
+use host_harness::vsp::inputvsp::{Key, KeyAction, MouseInput};
 use host_harness::vsp::services::ServiceKind;
 use hv_proto::ic::shutdown::{self, Action};
-use hv_proto::ic::timesync::{self, Flags, HostTime, PlainBody, V4};
+use hv_proto::ic::timesync::{self, Flags, HostTime, Leap, PlainBody, V4};
 use hv_proto::ic::{FRAME_VERSIONS, MessageType, Status, Version, heartbeat, negotiation};
 use viridian_tests::guest::COMMAND;
 use viridian_tests::{Drivers, Guest, both_drivers, our_drivers};
 use zerocopy::IntoBytes;
 
+use crate::control::{self, Operator};
 use crate::ic::{Peer, number};
+use crate::input::{EV_KEY, KEYBOARD, Recorder, caps_lock};
 
 both_drivers!(
-    every_version_works,
-    heartbeat_stops_with_the_guest,
-    malformed_messages_are_survived_and_services_come_back,
-    service_modules_reload_twenty_times,
+    every_version_works_and_malformed_messages_are_survived,
+    modules_reload_and_the_heart_stops_with_the_guest,
 );
 
-// With a message that is longer than a page the C drivers stop: it stays the first in the ring for ever. They have
-// one buffer, one version and one clock for all devices of a class.
-our_drivers!(
-    messages_longer_than_a_page_are_dropped,
-    two_devices_of_a_class_are_apart,
-);
+// The C drivers have one buffer, one version and one clock for all devices of a class.
+our_drivers!(two_devices_of_a_class_are_apart);
 
-const DAY: i64 = 86_400;
+pub const DAY: i64 = 86_400;
 
 /// How far two clocks that are the same may seem apart, in seconds: both are read in whole seconds, one after the other.
 const SAME: i64 = 2;
@@ -55,7 +53,7 @@ fn is_ahead(guest: &Guest, seconds: i64) -> Result<bool> {
 }
 
 /// Waits until the guest's clock is ahead by so many seconds.
-fn until_ahead(guest: &Guest, seconds: i64) -> Result<()> {
+pub fn until_ahead(guest: &Guest, seconds: i64) -> Result<()> {
     let deadline = Instant::now() + COMMAND;
     while !is_ahead(guest, seconds)? {
         ensure!(
@@ -79,7 +77,7 @@ fn heart(guest: &Guest) -> Result<HeartbeatStatus> {
     Ok(services.heartbeat(None, |heartbeat| heartbeat.status())?)
 }
 
-fn every_version_works(drivers: Drivers) -> Result<()> {
+fn every_version_works_and_malformed_messages_are_survived(drivers: Drivers) -> Result<()> {
     let guest = Guest::with(drivers).boot()?;
     guest.load_services()?;
     for (device, version) in [
@@ -99,6 +97,23 @@ fn every_version_works(drivers: Drivers) -> Result<()> {
     timesync_versions(&guest)?;
     shutdown_versions(&guest)?;
     guest.check_log(&["none of our versions"])?;
+    malformed_messages_are_survived(&guest)?;
+    if drivers == Drivers::Rust {
+        // With such a message the C drivers stop: it stays the first in the ring for ever.
+        messages_longer_than_a_page_are_dropped(&guest)?;
+    }
+    services_come_back(&guest)?;
+    guest.check_log(&[
+        "message dropped",
+        "bytes dropped",
+        "none of our versions",
+        "callbacks suppressed",
+        // The C drivers.
+        "Packet length too small",
+        "Length too small",
+        "Invalid msg type",
+        "Invalid icmsg negotiate",
+    ])?;
     guest.power_off()
 }
 
@@ -187,6 +202,15 @@ fn timesync_versions(guest: &Guest) -> Result<()> {
             until_ahead(guest, days * DAY)?;
         }
     }
+    if guest.drivers() == Drivers::Rust {
+        // How good the host's clock is, which the C driver does nothing with.
+        peer.speak(Version::new(3, 0), V4)?;
+        peer.ask(&peer.request(&probe(Leap::INSERT, 3)))?;
+        for (name, wanted) in [("leap", 1), ("stratum", 3)] {
+            let told = guest.driver_count("timesync", "timesync", name)?;
+            ensure!(told == wanted, "{name} {told}, not {wanted}");
+        }
+    }
     peer.give_back(timesync::VERSIONS)?;
     tell(guest, Flags::SYNC, 0)?;
     until_ahead(guest, 0)
@@ -228,55 +252,37 @@ fn shutdown_versions(guest: &Guest) -> Result<()> {
     peer.give_back(shutdown::VERSIONS)
 }
 
-fn heartbeat_stops_with_the_guest(drivers: Drivers) -> Result<()> {
-    let guest = Guest::with(drivers)
-        .word("panic=0")
-        .run_after_crash()
-        .boot()?;
-    guest.load_services()?;
-    guest.until("two beats", || {
-        heart(&guest).is_ok_and(|heart| heart.beats >= 2)
-    })?;
-    ensure!(heart(&guest)?.heart == Heart::Beats, "it does not beat");
-
-    let events = guest.host().events().subscribe();
-    guest.host().control().vm.pause();
-    let lost = |event: &Event| matches!(event, Event::HeartbeatLost { .. });
-    ensure!(events.find(COMMAND, lost).is_some(), "nobody missed it");
-    let paused = heart(&guest)?;
-    ensure!(
-        paused.heart == Heart::Lost && paused.age_ms.is_some_and(|age| age >= 6000),
-        "the heart of a paused guest: {paused:?}"
-    );
-    guest.host().control().vm.resume();
-    let back = |event: &Event| matches!(event, Event::HeartbeatRecovered { .. });
-    ensure!(events.find(COMMAND, back).is_some(), "it did not come back");
-    let beats = heart(&guest)?.beats;
-    guest.until("it goes on", || {
-        heart(&guest).is_ok_and(|heart| heart.beats > beats && heart.wrong == 0)
-    })?;
-    guest.check_log(&[])?;
-
-    let _ends = guest.spawn("echo c > /proc/sysrq-trigger")?;
-    let crashed = |event: &Event| matches!(event, Event::Crashed { .. });
-    ensure!(events.find(COMMAND, crashed).is_some(), "no crash");
-    // The kernel says goodbye to the bus, or does not answer any more.
-    let deadline = Instant::now() + COMMAND;
-    loop {
-        let now = heart(&guest)?;
-        if now.heart == Heart::Lost || now.link.state == LinkState::Closed {
-            break;
-        }
-        ensure!(
-            Instant::now() < deadline,
-            "the heart of a dead guest: {now:?}"
-        );
-        std::thread::sleep(Duration::from_millis(50));
+fn two_input_devices_are_apart(guest: &Guest) -> Result<()> {
+    let devices = ["keyboard", "keyboard1", "mouse", "mouse1"];
+    guest.load(guest.drivers().input_modules(), &devices)?;
+    let received = || -> Result<Vec<u64>> {
+        let count = |device: &&str| guest.driver_count("hid_vsc", device, "received");
+        devices.iter().map(count).collect()
+    };
+    let before = received()?;
+    let services = guest.host().services();
+    let a = Key::chord("a")?;
+    services.keyboard(Some("keyboard1"), |keyboard| {
+        keyboard.key(&a, KeyAction::Press)
+    })??;
+    services.mouse(Some("mouse1"), |mouse| mouse.input(&MouseInput::default()))??;
+    for device in devices {
+        guest.until_taken(device)?;
     }
-    ensure!(
-        guest.host().control().status().vm.crash.is_some(),
-        "the operator does not see the crash"
-    );
+    let after = received()?;
+    let new: Vec<u64> = after.iter().zip(&before).map(|(a, b)| a - b).collect();
+    ensure!(new == [0, 2, 0, 1], "{new:?} of {devices:?}");
+    // The first ones go, the second ones stay.
+    for device in ["keyboard", "mouse"] {
+        services.rescind(device)?;
+    }
+    guest.wait_for("test $(ls -d /sys/kernel/debug/hid_vsc-* | wc -l) = 2")?;
+    services.keyboard(Some("keyboard1"), |keyboard| {
+        keyboard.key(&a, KeyAction::Press)
+    })??;
+    guest.until_taken("keyboard1")?;
+    let received = guest.driver_count("hid_vsc", "keyboard1", "received")?;
+    ensure!(received == after[1] + 2, "{received} keystrokes");
     Ok(())
 }
 
@@ -372,7 +378,7 @@ fn harmless() -> [(&'static str, MessageType, &'static [Version], Vec<u8>); 3] {
             "timesync",
             MessageType::TIMESYNC,
             timesync::VERSIONS,
-            probe(),
+            probe(Leap::NONE, 0),
         ),
         (
             "shutdown",
@@ -386,29 +392,28 @@ fn harmless() -> [(&'static str, MessageType, &'static [Version], Vec<u8>); 3] {
 }
 
 /// A body of time synchronization, of the newest version, that only says what time it is.
-fn probe() -> Vec<u8> {
+fn probe(leap: Leap, stratum: u8) -> Vec<u8> {
     let time = HostTime::from_unix_ns(unix_seconds() * 1_000_000_000);
     let body = timesync::ReferenceBody {
         parent_time: time.map_or(0, HostTime::raw).into(),
         reference_time: 0.into(),
         flags: timesync::PROBE.bits(),
-        leap: timesync::Leap::NONE,
-        stratum: 0,
+        leap,
+        stratum,
         reserved: [0; 3],
     };
     body.as_bytes().to_vec()
 }
 
-fn malformed_messages_are_survived_and_services_come_back(drivers: Drivers) -> Result<()> {
-    let guest = Guest::with(drivers).boot()?;
-    guest.load_services()?;
+fn malformed_messages_are_survived(guest: &Guest) -> Result<()> {
+    let drivers = guest.drivers();
     for (device, message_type, versions, body) in harmless() {
-        let rejected = |guest: &Guest| match drivers {
+        let rejected = || match drivers {
             Drivers::C => Ok(0),
             Drivers::Rust => guest.driver_count(device, device, "rejected"),
         };
-        let peer = Peer::new(&guest, device, message_type)?;
-        let before = rejected(&guest)?;
+        let peer = Peer::new(guest, device, message_type)?;
+        let before = rejected()?;
         let mut wrong = 0;
         for (what, message, expect) in malformed(&peer, drivers, &body) {
             answer_is(&peer, &message, &expect).with_context(|| format!("{device}, {what}"))?;
@@ -422,7 +427,7 @@ fn malformed_messages_are_survived_and_services_come_back(drivers: Drivers) -> R
         peer.complete(5)?;
         guest.until_taken(device)?;
         if drivers == Drivers::Rust {
-            let rejected = rejected(&guest)? - before;
+            let rejected = rejected()? - before;
             // Four of the lists of versions cannot be; the others only have nothing in common.
             ensure!(
                 rejected == wrong + 4 + 1,
@@ -447,11 +452,13 @@ fn malformed_messages_are_survived_and_services_come_back(drivers: Drivers) -> R
         );
         peer.give_back(versions)?;
     }
-    let beats = heart(&guest)?.beats;
+    let beats = heart(guest)?.beats;
     guest.until("the heart beats", || {
-        heart(&guest).is_ok_and(|heart| heart.beats > beats)
-    })?;
+        heart(guest).is_ok_and(|heart| heart.beats > beats)
+    })
+}
 
+fn services_come_back(guest: &Guest) -> Result<()> {
     let services = guest.host().services();
     for device in ["heartbeat", "timesync", "shutdown"] {
         let instance = guest.service_instance(device)?;
@@ -464,19 +471,8 @@ fn malformed_messages_are_survived_and_services_come_back(drivers: Drivers) -> R
             guest.until_negotiated(&[device])?;
         }
     }
-    tell(&guest, Flags::SYNC, 2 * DAY)?;
-    until_ahead(&guest, 2 * DAY)?;
-    guest.check_log(&[
-        "message dropped",
-        "none of our versions",
-        "callbacks suppressed",
-        // The C drivers.
-        "Packet length too small",
-        "Length too small",
-        "Invalid msg type",
-        "Invalid icmsg negotiate",
-    ])?;
-    guest.power_off()
+    tell(guest, Flags::SYNC, 2 * DAY)?;
+    until_ahead(guest, 2 * DAY)
 }
 
 fn answer_is(peer: &Peer, message: &[u8], expect: &Expect) -> Result<()> {
@@ -501,31 +497,97 @@ fn answer_is(peer: &Peer, message: &[u8], expect: &Expect) -> Result<()> {
     }
 }
 
-fn service_modules_reload_twenty_times(drivers: Drivers) -> Result<()> {
-    let guest = Guest::with(drivers).boot()?;
+/// The modules of the services and of the input devices, and then the end of the guest.
+fn modules_reload_and_the_heart_stops_with_the_guest(drivers: Drivers) -> Result<()> {
+    let mut guest = Guest::with(drivers)
+        .word("panic=0")
+        .run_after_crash()
+        .boot()?;
+    let (_folder, operator) = control::listen(&mut guest)?;
+    modules_reload_twenty_times(&guest)?;
+    heart_stops_with_the_guest(&guest, &operator)?;
+    // It says nothing any more, so the plug is pulled.
+    operator.ctl(&["power-off"])?;
+    guest.ends_with(ExitReason::Stopped)
+}
+
+fn modules_reload_twenty_times(guest: &Guest) -> Result<()> {
+    let drivers = guest.drivers();
+    guest.load(&["evdev"], &[])?;
     let modules = [drivers.service_modules(), drivers.input_modules()].concat();
     let devices = ["heartbeat", "timesync", "shutdown", "keyboard", "mouse"];
     for round in 0..20 {
         guest
             .load(&modules, &devices)
             .with_context(|| format!("round {round}"))?;
-        tell(&guest, Flags::SAMPLE, 0)?;
+        tell(guest, Flags::SAMPLE, 0)?;
+        if drivers == Drivers::Rust && round % 5 == 0 {
+            // As soon as there is a keyboard.
+            let mut pressed = Recorder::new(guest, KEYBOARD, &[EV_KEY])?;
+            caps_lock(guest, &mut pressed, true)?;
+            caps_lock(guest, &mut pressed, false)?;
+        }
         guest.sh(&format!("rmmod {}", modules.join(" ")))?;
         guest.sh("test -z \"$(ls /sys/class/ptp)\"")?;
     }
     guest.load(&modules, &devices)?;
-    guest.until("the heart beats", || {
-        heart(&guest).is_ok_and(|heart| heart.beats > 0)
-    })?;
-    guest.check_log(&[])?;
-    guest.power_off()
+    guest.check_log(&[])
 }
 
-fn messages_longer_than_a_page_are_dropped(drivers: Drivers) -> Result<()> {
-    let guest = Guest::with(drivers).boot()?;
-    guest.load_services()?;
+fn heart_stops_with_the_guest(guest: &Guest, operator: &Operator) -> Result<()> {
+    guest.until("two beats", || {
+        heart(guest).is_ok_and(|heart| heart.beats >= 2)
+    })?;
+    ensure!(heart(guest)?.heart == Heart::Beats, "it does not beat");
+
+    let events = guest.host().events().subscribe();
+    guest.host().control().vm.pause();
+    let lost = |event: &Event| matches!(event, Event::HeartbeatLost { .. });
+    ensure!(events.find(COMMAND, lost).is_some(), "nobody missed it");
+    let paused = operator.device("heartbeat")?;
+    ensure!(
+        paused["heartbeat"]["heart"] == "lost"
+            && paused["heartbeat"]["age_ms"]
+                .as_u64()
+                .is_some_and(|age| age >= 6000),
+        "the heart of a paused guest: {paused:#}"
+    );
+    guest.host().control().vm.resume();
+    let back = |event: &Event| matches!(event, Event::HeartbeatRecovered { .. });
+    ensure!(events.find(COMMAND, back).is_some(), "it did not come back");
+    let beats = heart(guest)?.beats;
+    guest.until("it goes on", || {
+        heart(guest).is_ok_and(|heart| heart.beats > beats && heart.wrong == 0)
+    })?;
+    guest.check_log(&[])?;
+
+    let _ends = guest.spawn("echo c > /proc/sysrq-trigger")?;
+    let crashed = |event: &Event| matches!(event, Event::Crashed { .. });
+    ensure!(events.find(COMMAND, crashed).is_some(), "no crash");
+    // The kernel says goodbye to the bus, or does not answer any more.
+    let deadline = Instant::now() + COMMAND;
+    loop {
+        let now = heart(guest)?;
+        if now.heart == Heart::Lost || now.link.state == LinkState::Closed {
+            break;
+        }
+        ensure!(
+            Instant::now() < deadline,
+            "the heart of a dead guest: {now:?}"
+        );
+        std::thread::sleep(Duration::from_millis(50));
+    }
+    let status = operator.ctl(&["status"])?;
+    ensure!(
+        status["vm"]["crash"]["parameters"].is_array(),
+        "the operator does not see the crash: {status:#}"
+    );
+    Ok(())
+}
+
+fn messages_longer_than_a_page_are_dropped(guest: &Guest) -> Result<()> {
     for (device, message_type, versions, body) in harmless() {
-        let peer = Peer::new(&guest, device, message_type)?;
+        let peer = Peer::new(guest, device, message_type)?;
         peer.negotiate(FRAME_VERSIONS, versions)?
             .context("no version")?;
         for size in [4104, 8192] {
@@ -537,8 +599,7 @@ fn messages_longer_than_a_page_are_dropped(drivers: Drivers) -> Result<()> {
         }
         peer.give_back(versions)?;
     }
-    guest.check_log(&["bytes dropped", "callbacks suppressed"])?;
-    guest.power_off()
+    Ok(())
 }
 
 fn two_devices_of_a_class_are_apart(drivers: Drivers) -> Result<()> {
@@ -548,9 +609,12 @@ fn two_devices_of_a_class_are_apart(drivers: Drivers) -> Result<()> {
         .service(ServiceKind::Heartbeat(old))
         .service(ServiceKind::Timesync(old))
         .service(ServiceKind::Shutdown(old))
+        .service(ServiceKind::Keyboard)
+        .service(ServiceKind::Mouse)
         .boot()?;
     guest.load_services()?;
     guest.until_negotiated(&["heartbeat1", "timesync1", "shutdown1"])?;
+    two_input_devices_are_apart(&guest)?;
     for device in ["heartbeat", "timesync", "shutdown"] {
         ensure!(guest.version_of(device) != Some("1.0".into()), "{device}");
         let second = guest.version_of(&format!("{device}1"));
