@@ -84,16 +84,21 @@ impl Operator {
         Ok(String::from_utf8_lossy(&output.stderr).into_owned())
     }
 
-    /// A call by curl: the HTTP status and the reply.
-    fn curl(&self, words: &[&str], path: &str) -> Result<(String, Value)> {
+    fn curl_command(&self, words: &[&str], path: &str) -> Command {
         let mut command = Command::new("curl");
         command
-            .args(["--silent", "--show-error", "--write-out", "\n%{http_code}"])
-            .arg("--unix-socket")
+            .args(["--silent", "--show-error", "--unix-socket"])
             .arg(&self.socket)
             .args(words)
             .arg(format!("http://localhost{path}"));
-        let output = command.output().context("curl")?;
+        command.stdin(Stdio::null());
+        command
+    }
+
+    /// A call by curl: the HTTP status and the reply.
+    fn curl(&self, words: &[&str], path: &str) -> Result<(String, Value)> {
+        let mut command = self.curl_command(words, path);
+        let output = command.args(["--write-out", "\n%{http_code}"]).output()?;
         let text = String::from_utf8_lossy(&output.stdout);
         match text.rsplit_once('\n') {
             Some((body, status)) if output.status.success() => {
@@ -125,8 +130,11 @@ fn load_all(guest: &Guest) -> Result<()> {
 fn shows_and_drives_a_guest(drivers: Drivers) -> Result<()> {
     let mut guest = Guest::with(drivers).cpus(2).reboot().boot()?;
     let (folder, operator) = listen(&mut guest)?;
-    let mut follower = operator.command(&["events"]);
-    let follower = follower.stdout(Stdio::piped()).spawn()?;
+    let mut followers = Vec::new();
+    let curl = operator.curl_command(&["--no-buffer"], "/v1/events");
+    for mut command in [operator.command(&["events"]), curl] {
+        followers.push(command.stdout(Stdio::piped()).spawn()?);
+    }
     // Nobody has to care for these.
     let _odd = odd_clients(&operator)?;
     let _other = only_the_owner_can_connect(&guest, &operator)?;
@@ -153,7 +161,10 @@ fn shows_and_drives_a_guest(drivers: Drivers) -> Result<()> {
     // There is no program here that could be asked to switch off: the kernel does it.
     operator.ctl(&["shutdown", "--force"])?;
     guest.ends_with(ExitReason::PowerOff)?;
-    all_was_told(follower.wait_with_output()?)
+    for follower in followers {
+        all_was_told(&follower.wait_with_output()?)?;
+    }
+    Ok(())
 }
 
 /// Clients that say nothing, half of it, or do not read.
@@ -454,10 +465,10 @@ fn stats_show_what_happened(operator: &Operator) -> Result<()> {
     Ok(())
 }
 
-/// What `ctl events` has printed in all that time; it has ended with the host.
-fn all_was_told(output: Output) -> Result<()> {
-    ensure!(output.status.success(), "ctl events: {output:?}");
-    let text = String::from_utf8(output.stdout)?;
+/// What those who follow the events have printed in all that time; they have ended with the host.
+fn all_was_told(output: &Output) -> Result<()> {
+    ensure!(output.status.success(), "{output:?}");
+    let text = String::from_utf8_lossy(&output.stdout);
     let events = text
         .lines()
         .map(serde_json::from_str)

@@ -164,32 +164,56 @@ fn chrony_follows_the_host(guest: &Guest, operator: &Operator) -> Result<()> {
          chronyd -f /tmp/chrony.conf",
     )?;
     guest.wait_for("chronyc -n sources | grep '^#\\* PHC0'")?;
+    guest.wait_for("chronyc -n waitsync 1 0.1 0 1")?;
     until_ahead(guest, 0)?;
+    stays_ahead(guest, 0)?;
     // The host's clock moves by less than what chrony steps.
     operator.ctl(&["time", "sample", "--offset", "700"])?;
     until_ahead(guest, 700)
 }
 
-/// Waits until the guest's clock is ahead by so many milliseconds, to a tenth of a second.
-fn until_ahead(guest: &Guest, ms: i128) -> Result<()> {
-    const NEAR: i128 = 100;
+/// By how many milliseconds the guest's clock is ahead of the host's: at least and at most.
+fn ahead(guest: &Guest) -> Result<(i128, i128)> {
     let now = || -> Result<i128> {
         let since = SystemTime::now().duration_since(UNIX_EPOCH)?;
         Ok(i128::try_from(since.as_millis())?)
     };
+    let before = now()?;
+    let theirs: i128 = guest.sh("date +%s%3N")?.parse()?;
+    // It was read at some time between.
+    Ok((theirs - now()?, theirs - before))
+}
+
+/// How far the guest's clock may be from where it should be, in milliseconds.
+const NEAR: i128 = 250;
+
+/// Waits until the guest's clock is ahead by so many milliseconds.
+fn until_ahead(guest: &Guest, ms: i128) -> Result<()> {
     let deadline = Instant::now() + COMMAND;
-    loop {
-        let before = now()?;
-        let theirs: i128 = guest.sh("date +%s%3N")?.parse()?;
-        // It was read at some time between: only a quick answer says enough.
-        let (least, most) = (theirs - now()?, theirs - before);
-        if least >= ms - NEAR && most <= ms + NEAR {
-            return Ok(());
-        }
+    // Only a quick answer says enough.
+    let is_there = |(least, most)| least >= ms - NEAR && most <= ms + NEAR;
+    while !is_there(ahead(guest)?) {
         ensure!(
             Instant::now() < deadline,
-            "the guest's clock is ahead by {least} to {most} ms, not by {ms} ms"
+            "the guest's clock is ahead by {:?} ms, not by {ms} ms",
+            ahead(guest)?
         );
         std::thread::sleep(Duration::from_millis(200));
     }
+    Ok(())
+}
+
+/// Sees that the guest's clock stays ahead by so many milliseconds.
+fn stays_ahead(guest: &Guest, ms: i128) -> Result<()> {
+    // The host says every five seconds what time it is; in between too the guest must know.
+    let begun = Instant::now();
+    while begun.elapsed() < Duration::from_secs(11) {
+        let (least, most) = ahead(guest)?;
+        ensure!(
+            least <= ms + NEAR && most >= ms - NEAR,
+            "the guest's clock does not stay: it is ahead by {least} to {most} ms"
+        );
+        std::thread::sleep(Duration::from_millis(500));
+    }
+    Ok(())
 }

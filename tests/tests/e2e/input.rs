@@ -36,6 +36,9 @@ const BTN_EXTRA: u16 = 0x114;
 /// An event of evdev: type, code, value.
 type Input = (u16, u16, i32);
 
+/// Size of `struct input_event`, in bytes.
+const EVENT: usize = 24;
+
 /// Loads the drivers of keyboard and mouse.
 pub fn load(guest: &Guest) -> Result<()> {
     guest.load(&["evdev"], &[])?;
@@ -52,6 +55,7 @@ pub struct Recorder<'a> {
     file: String,
     /// Types of events that count.
     types: &'a [u16],
+    /// Events that were taken, of all types.
     taken: usize,
 }
 
@@ -75,25 +79,26 @@ impl<'a> Recorder<'a> {
         })
     }
 
-    /// All events so far.
-    fn all(&self) -> Result<Vec<Input>> {
+    /// The next events, of all types.
+    fn new_ones(&self) -> Result<Vec<Input>> {
         let text = self.guest.sh(&format!(
-            "hexdump -v -e '24/1 \"%02x\" \"\\n\"' {}",
+            "tail -c +{} {} | hexdump -v -e '{EVENT}/1 \"%02x\" \"\\n\"'",
+            EVENT * self.taken + 1,
             self.file
         ))?;
-        let all = text.lines().filter_map(parse);
-        Ok(all.filter(|input| self.types.contains(&input.0)).collect())
+        Ok(text.lines().filter_map(parse).collect())
     }
 
     /// The next events, when there are enough of them.
     fn take(&mut self, enough: impl Fn(&[Input]) -> bool) -> Result<Vec<Input>> {
         let deadline = Instant::now() + COMMAND;
         loop {
-            let all = self.all()?;
-            let new = all.get(self.taken..).unwrap_or_default();
-            if enough(new) {
-                self.taken = all.len();
-                return Ok(new.to_vec());
+            let all = self.new_ones()?;
+            let counting = all.iter().filter(|input| self.types.contains(&input.0));
+            let new: Vec<Input> = counting.copied().collect();
+            if enough(&new) {
+                self.taken += all.len();
+                return Ok(new);
             }
             ensure!(Instant::now() < deadline, "there is no more than {new:?}");
             // The guest has something else to do than to be asked.
