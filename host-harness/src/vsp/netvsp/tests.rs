@@ -807,9 +807,9 @@ fn it_opens_again_after_a_close() {
     assert_eq!(network.nics()[0].outstanding, 0);
     // The buffers are not held any more: their GPADLs can go, and a new set-up works. The old
     // pages stay with the test.
-    let (_, channel, ..) = Rig::connect(guest, offer, GuestConfig::new(9000));
+    let (guest, channel, ..) = Rig::connect(guest, offer, GuestConfig::new(9000));
     assert_eq!(network.nics()[0].version.as_deref(), Some("6.1"));
-    drop(channel);
+    drop((channel, guest));
     network.remove("net0").unwrap();
     assert!(network.nics().is_empty());
     assert!(network.remove("net0").is_err());
