@@ -22,7 +22,7 @@ mod sections;
 mod transmit;
 
 pub use network::{Network, NetworkError, NicParams};
-pub use nic::{Injection, NicCounters, NicStatus};
+pub use nic::{Injection, NicCounters, NicStatus, Tamper};
 pub use transmit::MAX_MESSAGE;
 
 #[cfg(test)]

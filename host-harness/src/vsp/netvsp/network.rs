@@ -9,7 +9,7 @@ use std::time::Duration;
 
 use hv_proto::net::nvsp::Version;
 
-use super::nic::{Injection, Nic, NicConfig, NicStatus};
+use super::nic::{Injection, Nic, NicConfig, NicStatus, Tamper};
 use crate::net::{
     Backend, BackendOption, Capture, CaptureInterface, MAX_QUEUES, NetError, NetOptions, Passt, Tap,
 };
@@ -275,6 +275,15 @@ impl Network {
                 nic: name.into(),
                 reason,
             })
+    }
+
+    /// Lets this see the control messages and completions of a NIC, and replace them, before the guest sees
+    /// them; `None` ends that. A testing aid.
+    ///
+    /// # Errors
+    /// There is no such NIC.
+    pub fn tamper(&self, name: &str, tamper: Option<Arc<Tamper>>) -> Result<(), NetworkError> {
+        self.with_nic(name, |nic| nic.set_tamper(tamper))
     }
 
     /// The NICs.

@@ -85,6 +85,8 @@ pub struct NicCounters {
     pub filtered: u64,
     /// Messages of the guest that made no sense.
     pub invalid: u64,
+    /// Packets that the guest has completed as failed: it did not like what was in them.
+    pub refused: u64,
 }
 
 macro_rules! live_counters {
@@ -115,7 +117,8 @@ live_counters!(
     too_long,
     no_buffer,
     filtered,
-    invalid
+    invalid,
+    refused
 );
 
 /// Adds to a counter.
@@ -178,6 +181,9 @@ pub enum Injection {
     Rndis(Vec<u8>),
 }
 
+/// What a hostile host sends in place of an RNDIS message that is no frame, or of a completion: a testing aid.
+pub type Tamper = dyn Fn(&Injection) -> Vec<Injection> + Send + Sync;
+
 /// An open channel.
 pub(super) struct Channel {
     pub index: u16,
@@ -212,6 +218,8 @@ pub(super) struct Inner {
     pub config: NicConfig,
     pub state: RwLock<State>,
     pub counters: Counters,
+    /// Sees what is sent before the guest does.
+    tamper: RwLock<Option<Arc<Tamper>>>,
     /// Wakes the threads that read the network, for their end.
     pub wake: EventFd,
     pub ended: AtomicBool,
@@ -305,28 +313,83 @@ impl Inner {
         if message.is_empty() {
             return;
         }
-        let (channel, buffer) = {
-            let state = self.read();
-            (state.channels.get(&0).cloned(), state.receive.clone())
-        };
-        let (Some(channel), Some(buffer)) = (channel, buffer) else {
+        let Some(channel) = self.read().channels.get(&0).cloned() else {
             return;
+        };
+        let sent = self.send(
+            &channel,
+            || Injection::Rndis(message.to_vec()),
+            || self.send_message(&channel, message),
+        );
+        match sent {
+            Ok(()) | Err(ChannelError::Stopped) => {}
+            Err(error) => tracing::warn!(nic = self.name(), %error, "a control message is lost"),
+        }
+    }
+
+    /// Sends an RNDIS message that is no frame.
+    fn send_message(&self, channel: &Channel, message: &[u8]) -> Result<(), ChannelError> {
+        let Some(buffer) = self.read().receive.clone() else {
+            return Ok(());
         };
         let Some(section) = buffer.take_for_control(CONTROL_LIMIT) else {
             tracing::warn!(nic = self.name(), "no section for a control message");
-            return;
+            return Ok(());
         };
         let Some(span) = section.write(&[message]) else {
             tracing::warn!(
                 nic = self.name(),
                 "a control message does not fit a section"
             );
-            return;
+            return Ok(());
         };
         let ranges = [range(span.offset, span.len)];
-        match Self::send_ranges(&channel, ChannelType::CONTROL, &ranges, vec![section]) {
-            Ok(()) | Err(ChannelError::Stopped) => {}
-            Err(error) => tracing::warn!(nic = self.name(), %error, "a control message is lost"),
+        Self::send_ranges(channel, ChannelType::CONTROL, &ranges, vec![section])
+    }
+
+    /// Completes a packet of the guest.
+    pub fn send_completion(
+        &self,
+        channel: &Channel,
+        id: u64,
+        payload: &[u8],
+    ) -> Result<(), ChannelError> {
+        self.send(
+            channel,
+            || Injection::Completion(id, payload.to_vec()),
+            || channel.writer.complete(id, payload),
+        )
+    }
+
+    /// Sends a packet by `send`, or what the host's hostile side makes of it.
+    fn send(
+        &self,
+        channel: &Channel,
+        packet: impl FnOnce() -> Injection,
+        send: impl FnOnce() -> Result<(), ChannelError>,
+    ) -> Result<(), ChannelError> {
+        let tamper = self.tamper.read().unwrap_or_else(PoisonError::into_inner);
+        let Some(tamper) = tamper.clone() else {
+            return send();
+        };
+        let packets = tamper(&packet());
+        packets
+            .iter()
+            .try_for_each(|packet| self.inject(channel, packet))
+    }
+
+    /// Does what a host must not do.
+    fn inject(&self, channel: &Channel, injection: &Injection) -> Result<(), ChannelError> {
+        match injection {
+            Injection::InBand(payload) => channel.writer.send(0, payload, false),
+            Injection::Completion(id, payload) => channel.writer.complete(*id, payload),
+            Injection::Ranges(buffer, ranges) => {
+                let ranges: Vec<_> = ranges.iter().map(|&(at, len)| range(at, len)).collect();
+                let payload = RndisPacket::outside(ChannelType::DATA).encode();
+                let writer = &channel.writer;
+                writer.send_transfer_pages(0, *buffer, &ranges, &payload, true)
+            }
+            Injection::Rndis(message) => self.send_message(channel, message),
         }
     }
 
@@ -375,6 +438,7 @@ impl Nic {
                 link,
             }),
             counters: Counters::default(),
+            tamper: RwLock::new(None),
             wake: EventFd::new(vmm_sys_util::eventfd::EFD_NONBLOCK)?,
             ended: AtomicBool::new(false),
         });
@@ -417,26 +481,18 @@ impl Nic {
         self.inner.set_link(up);
     }
 
-    /// Does what a host must not do.
+    /// Does what a host must not do, on the primary channel.
     pub fn inject(&self, injection: &Injection) -> Result<(), String> {
         let channel = self.inner.read().channels.get(&0).cloned();
         let channel = channel.ok_or("the NIC has no open channel")?;
-        let result = match injection {
-            Injection::InBand(payload) => channel.writer.send(0, payload, false),
-            Injection::Completion(id, payload) => channel.writer.complete(*id, payload),
-            Injection::Ranges(buffer, ranges) => {
-                let ranges: Vec<_> = ranges.iter().map(|&(at, len)| range(at, len)).collect();
-                let payload = RndisPacket::outside(ChannelType::DATA).encode();
-                channel
-                    .writer
-                    .send_transfer_pages(0, *buffer, &ranges, &payload, true)
-            }
-            Injection::Rndis(message) => {
-                self.inner.send_control(message);
-                Ok(())
-            }
-        };
+        let result = self.inner.inject(&channel, injection);
         result.map_err(|error| error.to_string())
+    }
+
+    /// Lets this see what is sent before the guest does; `None` ends that.
+    pub fn set_tamper(&self, tamper: Option<Arc<Tamper>>) {
+        let place = self.inner.tamper.write();
+        *place.unwrap_or_else(PoisonError::into_inner) = tamper;
     }
 
     /// What is to be seen of it.

@@ -790,6 +790,66 @@ impl Rig {
 }
 
 #[test]
+fn a_hostile_host_does_what_it_is_told() {
+    let mut rig = Rig::new();
+    let inject = |rig: &Rig, injection| rig.network.inject("net0", &injection).unwrap();
+    inject(&rig, Injection::InBand(vec![1, 2, 3]));
+    let packet = rig.channel.receive();
+    assert_eq!(packet.packet_type, PacketType::IN_BAND);
+    assert_eq!(packet.payload[..3], [1, 2, 3]);
+    inject(&rig, Injection::Completion(77, vec![4]));
+    assert_eq!(rig.channel.completion(77)[..1], [4]);
+    inject(&rig, Injection::Ranges(9, vec![(u32::MAX, 5)]));
+    let packet = rig.channel.receive();
+    assert_eq!(packet.header[..2], [9, 0]);
+    assert_eq!(packet.header[8..16], [5, 0, 0, 0, 255, 255, 255, 255]);
+
+    // What the guest says to a message is counted.
+    for (status, refused) in [(Status::SUCCESS, 0), (Status::FAILURE, 1)] {
+        inject(&rig, Injection::Rndis(b"not a message".to_vec()));
+        let packet = rig.channel.receive();
+        let got = rig.open(&packet);
+        assert_eq!(got.messages, [b"not a message"]);
+        let answer = PacketComplete { status }.encode_short();
+        rig.channel.complete(got.transaction_id, &answer).unwrap();
+        rig.wait(|status| status.outstanding == 0 && status.counters.refused == refused);
+    }
+
+    // Each answer and each completion comes twice.
+    let twice = |packet: &Injection| vec![packet.clone(), packet.clone()];
+    rig.network.tamper("net0", Some(Arc::new(twice))).unwrap();
+    let message = RequestBuf::<64>::query(6, Oid::GEN_LINK_SPEED, &[]).unwrap();
+    write_pages(&rig.guest, &rig.send, 0, message.as_bytes());
+    let packet = RndisPacket::in_section(ChannelType::CONTROL, 0, message.as_bytes().len() as u32);
+    rig.channel.send(9, &packet.encode());
+    let (mut answers, mut completions) = (Vec::new(), 0);
+    for _ in 0..4 {
+        let packet = rig.channel.receive();
+        if packet.packet_type == PacketType::COMPLETION {
+            assert_eq!(packet.transaction_id, 9);
+            completions += 1;
+        } else {
+            let got = rig.open(&packet);
+            Rig::give_back(&mut rig.channel, got.transaction_id);
+            answers.extend(got.messages);
+        }
+    }
+    assert_eq!((answers.len(), completions), (2, 2));
+    assert_eq!(answers[0], answers[1]);
+    rig.network.tamper("net0", None).unwrap();
+    assert_eq!(
+        rig.send_messages(&message_of(b"a frame that is sent once")),
+        Status::SUCCESS
+    );
+    assert!(rig.channel.receive_within(NEVER).is_none());
+    assert!(rig.network.tamper("net1", None).is_err());
+}
+
+fn message_of(payload: &[u8]) -> Vec<u8> {
+    message(&tcp(PEER, 1, payload), &InfoWriter::new())
+}
+
+#[test]
 fn it_opens_again_after_a_close() {
     let Rig {
         network,

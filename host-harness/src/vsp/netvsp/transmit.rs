@@ -8,7 +8,7 @@ use std::sync::Arc;
 use hv_proto::net::adapter::{Change, MAX_ANSWER_SIZE};
 use hv_proto::net::frame::{PACKET_HEAD_SIZE, PacketLayout};
 use hv_proto::net::nvsp::{
-    self, Body, ChannelType, MessageType, PacketComplete, SendTable, Status,
+    self, Body, ChannelType, GuestMessage, MessageType, PacketComplete, SendTable, Status, Version,
 };
 use hv_proto::net::ppi::{self, Facts, LargeSend, SendChecksum};
 use hv_proto::net::provider::{ProviderStep, RndisPlace};
@@ -84,6 +84,8 @@ impl Inner {
             PacketType::COMPLETION => {
                 if !channel.outstanding.complete(transaction.id) {
                     add(&self.counters.invalid, 1);
+                } else if is_failure(packet.payload()) {
+                    add(&self.counters.refused, 1);
                 }
                 return None;
             }
@@ -353,7 +355,7 @@ impl Inner {
         if !transaction.wanted {
             return;
         }
-        match channel.writer.complete(transaction.id, bytes) {
+        match self.send_completion(channel, transaction.id, bytes) {
             // The channel goes, and the guest knows.
             Ok(()) | Err(ChannelError::Stopped) => {}
             Err(error) => tracing::warn!(
@@ -376,6 +378,14 @@ struct Transaction {
 struct Control {
     payload: Vec<u8>,
     transaction: Transaction,
+}
+
+/// Whether a completion of the guest says that a packet came to nothing.
+fn is_failure(payload: &[u8]) -> bool {
+    match GuestMessage::parse(payload, Some(Version::V1)) {
+        Ok(GuestMessage::PacketComplete(complete)) => complete.status != Status::SUCCESS,
+        _ => true,
+    }
 }
 
 /// The items of a frame; `None` if they make no sense.
