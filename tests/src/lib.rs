@@ -14,6 +14,7 @@ pub mod klog;
 pub mod manifest;
 pub mod namespace;
 pub mod services;
+pub mod stream;
 
 pub use guest::{Drivers, Guest, GuestBuilder};
 pub use namespace::Namespace;

@@ -15,5 +15,6 @@ mod lifecycle;
 mod lsvmbus;
 mod monitor;
 mod net;
+mod net_data;
 mod parity;
 mod services;

@@ -21,7 +21,7 @@ use crate::images::{Images, MIB};
 both_drivers!(nics_come_and_go_under_traffic);
 
 /// The NIC that a value of `--net` describes.
-fn nic(options: &str) -> Result<NetOptions> {
+pub fn nic(options: &str) -> Result<NetOptions> {
     Ok(options.parse::<NetOptions>()?)
 }
 
@@ -73,10 +73,10 @@ fn a_tap_that_may_not_be_opened() -> Result<()> {
 }
 
 /// Our address on the bridge.
-const HERE: &str = "10.77.0.1";
+pub const HERE: &str = "10.77.0.1";
 
 /// Gives an interface of the guest the addresses with this number, and opens it.
-fn open(guest: &Guest, interface: &str, number: u8) -> Result<()> {
+pub fn open(guest: &Guest, interface: &str, number: u8) -> Result<()> {
     guest.sh(&format!(
         "set -e; echo 0 > /proc/sys/net/ipv6/conf/{interface}/accept_dad
          ip address add 10.77.0.{number}/24 dev {interface}; ip address add fd77::{number}/64 dev {interface}
