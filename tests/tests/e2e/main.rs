@@ -16,5 +16,6 @@ mod lsvmbus;
 mod monitor;
 mod net;
 mod net_data;
+mod net_hostile;
 mod parity;
 mod services;
