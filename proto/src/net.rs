@@ -17,6 +17,7 @@
 //! [MS-RNDIS]. Each module names its part.
 
 pub mod adapter;
+pub mod coalesced;
 pub mod connect;
 pub mod control;
 pub mod features;

@@ -10,9 +10,9 @@
 use super::rss::{toeplitz, HashInfo, KEY_SIZE};
 
 const ETHERTYPE_VLAN: [u8; 2] = [0x81, 0x00];
-const ETHERTYPE_IPV4: [u8; 2] = [0x08, 0x00];
-const ETHERTYPE_IPV6: [u8; 2] = [0x86, 0xdd];
-const PROTOCOL_TCP: u8 = 6;
+pub(super) const ETHERTYPE_IPV4: [u8; 2] = [0x08, 0x00];
+pub(super) const ETHERTYPE_IPV6: [u8; 2] = [0x86, 0xdd];
+pub(super) const PROTOCOL_TCP: u8 = 6;
 
 /// Bytes of the longest input of the hash: two addresses of IPv6, two ports.
 const MAX_INPUT: usize = 36;
@@ -58,7 +58,7 @@ pub(super) fn flow_hash(frame: &[u8], key: &[u8; KEY_SIZE], hash_info: HashInfo)
 }
 
 /// The type of what is in the frame, behind a VLAN tag if there is one, and the rest.
-fn split_ethernet(frame: &[u8]) -> Option<([u8; 2], &[u8])> {
+pub(super) fn split_ethernet(frame: &[u8]) -> Option<([u8; 2], &[u8])> {
     let (ethertype, rest) = frame.get(12..)?.split_first_chunk::<2>()?;
     if *ethertype != ETHERTYPE_VLAN {
         return Some((*ethertype, rest));

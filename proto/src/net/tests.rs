@@ -2,6 +2,7 @@
 
 //! Tests of the network protocols. Uses proptest.
 
+mod coalesced;
 mod control;
 mod nvsp;
 mod objects;
