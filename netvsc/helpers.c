@@ -85,6 +85,11 @@ void netvsc_helper_set_headroom(struct net_device *dev, u16 bytes)
 	dev->needed_headroom = bytes;
 }
 
+const u8 *netvsc_helper_address(const struct net_device *dev)
+{
+	return dev->dev_addr;
+}
+
 void netvsc_helper_set_address(struct net_device *dev, const u8 *address)
 {
 	eth_hw_addr_set(dev, address);
@@ -382,6 +387,16 @@ void netvsc_helper_skb_set_protocol(struct sk_buff *skb, struct net_device *dev)
 void netvsc_helper_skb_checksum_ok(struct sk_buff *skb)
 {
 	skb->ip_summed = CHECKSUM_UNNECESSARY;
+}
+
+/* The packet is one of TCP, put together from so many segments of such a size. */
+void netvsc_helper_skb_set_segments(struct sk_buff *skb, bool v6, u16 size, u16 count)
+{
+	struct skb_shared_info *info = skb_shinfo(skb);
+
+	info->gso_type = v6 ? SKB_GSO_TCPV6 : SKB_GSO_TCPV4;
+	info->gso_size = size;
+	info->gso_segs = count;
 }
 
 void netvsc_helper_skb_set_hash(struct sk_buff *skb, u32 hash)

@@ -27,6 +27,7 @@ u32 netvsc_helper_mtu(const struct net_device *dev);
 void netvsc_helper_set_mtu(struct net_device *dev, u32 mtu);
 void netvsc_helper_set_mtu_range(struct net_device *dev, u32 min, u32 max);
 void netvsc_helper_set_headroom(struct net_device *dev, u16 bytes);
+const u8 *netvsc_helper_address(const struct net_device *dev);
 void netvsc_helper_set_address(struct net_device *dev, const u8 *address);
 u32 netvsc_helper_flags(const struct net_device *dev);
 bool netvsc_helper_has_alias(const struct net_device *dev);
@@ -89,6 +90,7 @@ void netvsc_helper_skb_remember_tx_queue(const struct sk_buff *skb, u16 queue);
 /* Packets that came in */
 void netvsc_helper_skb_set_protocol(struct sk_buff *skb, struct net_device *dev);
 void netvsc_helper_skb_checksum_ok(struct sk_buff *skb);
+void netvsc_helper_skb_set_segments(struct sk_buff *skb, bool v6, u16 size, u16 count);
 void netvsc_helper_skb_set_hash(struct sk_buff *skb, u32 hash);
 void netvsc_helper_skb_set_vlan(struct sk_buff *skb, u16 tci);
 void netvsc_helper_skb_record_rx_queue(struct sk_buff *skb, u16 queue);

@@ -21,7 +21,8 @@ use hv_proto::net::{
     transmit::{
         SectionMap,
         Words, //
-    }, //
+    },
+    ETHERNET_HEADER_SIZE, //
 };
 use kernel::{
     prelude::*,
@@ -43,9 +44,6 @@ use vmbus::{
     Gpadl,
     SharedBuffer, //
 };
-
-/// Where in the shared page the answer to a keepalive is; requests are before it.
-const KEEPALIVE_OFFSET: u32 = 3072;
 
 /// The shared buffers, once they are agreed on.
 pub(crate) struct Buffers {
@@ -117,14 +115,14 @@ impl Buffers {
 pub(crate) struct Link {
     pub(crate) nic: Arc<Nic>,
     pub(crate) primary: Arc<Channel>,
+    /// The longest frame, in bytes.
+    pub(crate) frame_size: u32,
     #[pin]
     pub(crate) control: Control,
     /// Number of the agreed version; 0 before there is one.
     version: Atomic<u32>,
     buffers: SetOnce<Buffers>,
     limits: SetOnce<Limits>,
-    /// Where the driver's own RNDIS messages are; used by who has the [`Turn`](crate::control::Turn).
-    pub(crate) request: SharedBuffer,
     /// Queues may be woken.
     tx_enabled: Atomic<bool>,
     /// Nothing is sent any more.
@@ -134,17 +132,16 @@ pub(crate) struct Link {
 }
 
 impl Link {
-    pub(crate) fn new(nic: Arc<Nic>, primary: Arc<Channel>) -> Result<Arc<Self>> {
-        let request = SharedBuffer::new(hv_proto::PAGE_SIZE)?;
+    pub(crate) fn new(nic: Arc<Nic>, primary: Arc<Channel>, mtu: u32) -> Result<Arc<Self>> {
         Arc::pin_init(
-            try_pin_init!(Self {
+            pin_init!(Self {
                 nic,
                 primary,
+                frame_size: mtu.saturating_add(ETHERNET_HEADER_SIZE),
                 control <- Control::new(),
                 version: Atomic::new(0),
                 buffers: SetOnce::new(),
                 limits: SetOnce::new(),
-                request,
                 tx_enabled: Atomic::new(false),
                 closing: Atomic::new(false),
                 dead: Atomic::new(false),
@@ -232,13 +229,12 @@ impl Link {
     }
 
     fn answer_keepalive(&self, message: &[u8]) -> Result {
-        self.request.write_at(KEEPALIVE_OFFSET as usize, message)?;
+        let mut bytes = KVec::new();
+        bytes.extend_from_slice(message, GFP_ATOMIC)?;
         let guard = rcu::read_lock();
         let session = self.nic.session(&guard).ok_or(ENODEV)?;
-        // CAST: a small message.
-        session
-            .primary_queue()
-            .send_rndis(KEEPALIVE_OFFSET, message.len() as u32)
+        let sent = session.primary_queue().send_rndis(bytes);
+        sent.map_err(|(error, _)| error)
     }
 
     /// Time that the host is given for an answer, in milliseconds.

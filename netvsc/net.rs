@@ -27,11 +27,14 @@ pub(crate) use self::{
         Transmit, //
     },
     ethtool::{
+        message_level,
+        set_message_level,
         Channels,
         EthtoolOperations,
         FlowType,
         Level,
         LinkSettings,
+        MessageLevelCallbacks,
         Rings,
         RxHash,
         Strings, //
@@ -61,4 +64,5 @@ pub(crate) use self::{
         BhDisabled, //
     }, //
 };
+pub(crate) use ethtool::message_level_callbacks;
 pub(crate) use napi::impl_has_napi;

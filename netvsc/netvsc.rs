@@ -5,7 +5,8 @@
 //! What goes over the bus is in `hv_proto::net`: the negotiation, the requests of RNDIS, what of the
 //! host's is believed, and which packets go together. Here is what the kernel needs around it:
 //!
-//! * [`nic`]: an adapter as the stack and `ethtool` ([`ethtool`]) see it; it outlives attachments;
+//! * [`adapter`], [`ethtool`]: what the stack and a user ask; [`nic`]: an adapter, which outlives its
+//!   attachments; [`steering`]: the choice of a channel;
 //! * [`session`]: an attachment to the host from its beginning to its end; [`link`]: what its channels
 //!   share; [`control`]: requests that somebody waits for;
 //! * [`queue`]: one channel with its NAPI instance; [`tx`]: packets on their way out; [`rx`]: what comes
@@ -25,6 +26,7 @@
 //!
 //! C version of this driver: [`drivers/net/hyperv`](srctree/drivers/net/hyperv/netvsc_drv.c)
 
+mod adapter;
 mod control;
 mod ethtool;
 mod link;
@@ -36,18 +38,17 @@ mod raw;
 mod rx;
 mod session;
 mod stats;
+mod steering;
 mod tx;
 
 use crate::{
+    adapter::Adapter,
     net::{
         NetDevice,
         Registration,
         Rtnl, //
     },
-    nic::{
-        Adapter,
-        Nic, //
-    }, //
+    nic::Nic, //
 };
 use hv_proto::net::MAX_CHANNELS;
 use kernel::{

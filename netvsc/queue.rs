@@ -17,6 +17,7 @@ use crate::{
         Napi,
         PollContext, //
     },
+    nic::Change,
     rx::Receive,
     tx::{
         Request,
@@ -28,10 +29,7 @@ use hv_proto::{
         control::Limits,
         nvsp::{
             self,
-            Body,
-            ChannelType,
             HostMessage,
-            RndisPacket,
             Status, //
         }, //
     },
@@ -56,7 +54,6 @@ use kernel::{
 };
 use vmbus::{
     Channel,
-    GpaRange,
     Handler,
     RequestSlots,
     Show, //
@@ -64,6 +61,9 @@ use vmbus::{
 
 /// Bytes of a ring for each message that may be outstanding.
 const BYTES_PER_REQUEST: usize = 256;
+
+/// Bytes of the ring that are waited for when completions did not fit: some of them.
+const COMPLETIONS_ROOM: u32 = 1024;
 
 /// A queue stops when fewer places than this are left.
 const SPARE_REQUESTS: u32 = 4;
@@ -121,6 +121,12 @@ impl Queue {
         self.index
     }
 
+    /// Whether the host serves the queue's channel.
+    pub(crate) fn is_served(&self) -> bool {
+        self.channel()
+            .is_some_and(|channel| !channel.is_rescinded())
+    }
+
     /// The channel, from when it is about to be opened.
     pub(crate) fn channel(&self) -> Option<&Arc<Channel>> {
         self.channel.as_ref()
@@ -167,21 +173,6 @@ impl Queue {
         self.outstanding().saturating_add(SPARE_REQUESTS) >= self.capacity
     }
 
-    /// Gives up everything that the host has. Only when it cannot reach it any more: the channel is
-    /// closed. Process context.
-    pub(crate) fn cancel_all(&self) {
-        let begun = {
-            let _softirqs = net::BhDisabled::new();
-            self.sender.lock().take()
-        };
-        drop(begun);
-        self.slots.cancel_all(|_, request| {
-            if let Request::Data(_) = request {
-                self.end_send();
-            }
-        });
-    }
-
     /// Lets users know which NAPI instance serves the queue.
     pub(crate) fn show_napi(&self, rtnl: &net::Rtnl, on: bool) {
         let napi = on.then_some(&self.napi);
@@ -203,9 +194,12 @@ impl Queue {
         });
         let told = receive.tell_host(link, channel);
         drop(receive);
-        if done < budget && cx.complete(done) && !told && !link.is_dead() {
-            // The ring was full: come again.
-            self.napi.schedule();
+        if done < budget {
+            // If the ring was full, the host signals when there is room; there may be some by now.
+            let again = !told && channel.request_send_interrupt(COMPLETIONS_ROOM);
+            if cx.complete(done) && again {
+                self.napi.schedule();
+            }
         }
         done
     }
@@ -260,7 +254,7 @@ impl Queue {
                 self.sent(link, cx, sent, ok);
             }
             // What counts is the answer, which comes by itself.
-            Some(Request::Control) => {}
+            Some(Request::Control(_)) => {}
             Some(Request::Nvsp(waiting)) => waiting.finish(payload),
             None => {
                 link.nic.stats.events.invalid_completion.count();
@@ -281,7 +275,7 @@ impl Queue {
             return;
         }
         match HostMessage::parse(payload, version) {
-            Ok(HostMessage::IndirectionTable(table)) => link.nic.set_send_table(&table),
+            Ok(HostMessage::IndirectionTable(table)) => link.nic.steering.set_hosts_table(&table),
             // A virtual function beside the adapter is not made use of.
             Ok(HostMessage::VfAssociation(_)) => {}
             Ok(_) => link
@@ -289,22 +283,6 @@ impl Queue {
                 .invalid(fmt!("unexpected message of {} bytes\n", payload.len())),
             Err(error) => link.nic.invalid(fmt!("{}\n", Show(error))),
         }
-    }
-
-    /// Sends a message of RNDIS that is not a frame: `len` bytes of the shared page, from `offset` on.
-    pub(crate) fn send_rndis(&self, offset: u32, len: u32) -> Result {
-        let channel = self.channel().ok_or(ENODEV)?;
-        let range = GpaRange {
-            byte_count: len,
-            byte_offset: offset,
-            pfns: &[self.link.request.pfn(0)],
-        };
-        let message = RndisPacket::outside(ChannelType::CONTROL).encode();
-        self.slots
-            .send(Kind::Rndis, Request::Control, |id| {
-                channel.send_gpa(&range, &message, id)
-            })
-            .map_err(|(error, _)| error)
     }
 
     /// Sends a request of NVSP; `waiting` gets the completion.
@@ -333,6 +311,8 @@ impl Handler for Queue {
     }
 
     fn on_error(&self, _channel: &Channel) {
+        // A user can bring the device down and up again.
+        self.link.nic.link_change(Change::Down);
         dev_err!(
             self.link.nic.dev(),
             "the host has damaged the ring of queue {}\n",

@@ -19,6 +19,7 @@ use crate::{
 use core::mem::MaybeUninit;
 use hv_proto::{
     net::{
+        coalesced::Segments,
         ppi::ReceivedChecksum,
         receive::{
             self,
@@ -30,6 +31,7 @@ use hv_proto::{
         },
         sections::Sections,
         Span,
+        ETHERNET_HEADER_SIZE,
         MAX_TRANSFER_RANGES, //
     },
     packet::Packet, //
@@ -187,6 +189,12 @@ impl Receive {
                         .read_uninit(part.offset as usize, to)
                 })?;
             }
+            let mtu = netdev.mtu();
+            if frame.len > mtu.saturating_add(ETHERNET_HEADER_SIZE) {
+                if let Some(segments) = Segments::of(skb.bytes(), frame.len, mtu) {
+                    skb.set_segments(segments.ipv6, segments.size, segments.count);
+                }
+            }
             skb.set_device(netdev)?;
 
             let features = netdev.features();
@@ -209,7 +217,10 @@ impl Receive {
             if let Some(vlan) = frame.facts.vlan {
                 skb.set_vlan(vlan.tci());
             }
-            skb.set_queue(index);
+            // A sub-channel that came late has no queue.
+            if u32::from(index) < netdev.tx_queues() {
+                skb.set_queue(index);
+            }
             Ok(skb)
         })();
         let skb = result.inspect_err(|_| nic.stats.rx_dropped.count())?;

@@ -5,7 +5,14 @@
 //! A small packet is copied to a section of the send buffer, and several of them to one section while
 //! the stack says that more are coming. A larger one stays where it is, and the host is told its pages;
 //! if there is room for its head only in a section that has been begun, the head goes there.
+//!
+//! What the host may still read is kept until it has completed the message: packets and their sections, and the
+//! driver's own messages. If it never does, until the channel is closed.
 
+mod prepare;
+mod ranges;
+
+use self::ranges::Ranges;
 use crate::{
     control::{
         Kind,
@@ -23,34 +30,23 @@ use crate::{
     },
     queue::Queue, //
 };
-use hv_proto::{
-    net::{
-        control::Limits,
-        frame::{
-            Head,
-            MAX_HEAD_SIZE, //
-        },
-        nvsp::{
-            Body,
-            ChannelType,
-            RndisPacket, //
-        },
-        ppi::{
-            Info,
-            InfoWriter,
-            LargeSend,
-            SendChecksum,
-            Transport,
-            Vlan, //
-        },
-        sections::Sections,
-        transmit::{
-            Batch,
-            Batcher,
-            Place, //
-        }, //
+use hv_proto::net::{
+    control::Limits,
+    frame::{
+        Head,
+        MAX_HEAD_SIZE, //
     },
-    packet::pages_spanned, //
+    nvsp::{
+        Body,
+        ChannelType,
+        RndisPacket, //
+    },
+    sections::Sections,
+    transmit::{
+        Batch,
+        Batcher,
+        Place, //
+    }, //
 };
 use kernel::{
     prelude::*,
@@ -59,17 +55,7 @@ use kernel::{
         Arc, //
     }, //
 };
-use vmbus::{
-    Channel,
-    GpaRange, //
-};
-
-/// Most pages of a packet that the host takes, its head included.
-const MAX_PAGES: usize = 32;
-/// Pages that a head can touch.
-const HEAD_PAGES: u64 = 2;
-/// Most ranges of a packet: its head, and its pieces.
-const MAX_RANGES: usize = 19;
+use vmbus::Channel;
 
 /// A queue is stopped when less than this percentage of the ring is free,
 const STOP_BELOW: u32 = 10;
@@ -83,8 +69,8 @@ pub(crate) const HEADROOM: u32 = MAX_HEAD_SIZE as u32;
 pub(crate) enum Request {
     /// Packets.
     Data(Sent),
-    /// An RNDIS message of the driver itself.
-    Control,
+    /// An RNDIS message of the driver itself, which the host can read until it has answered.
+    Control(KVec<u8>),
     /// Something that somebody waits for.
     Nvsp(Arc<Waiting>),
 }
@@ -134,89 +120,6 @@ impl Sender {
             pending: None,
         }
     }
-}
-
-/// The pages of a packet, as the host is told them.
-struct Ranges {
-    pfns: [u64; MAX_PAGES],
-    pages: usize,
-    /// Offset, length, number of pages.
-    ranges: [(u32, u32, usize); MAX_RANGES],
-    count: usize,
-}
-
-impl Ranges {
-    const fn new() -> Self {
-        Self {
-            pfns: [0; MAX_PAGES],
-            pages: 0,
-            ranges: [(0, 0, 0); MAX_RANGES],
-            count: 0,
-        }
-    }
-
-    fn add(&mut self, piece: &Piece<'_>) -> Result {
-        const PAGE: u64 = hv_proto::PAGE_SIZE as u64;
-        let phys = piece.phys();
-        // CAST: less than a page.
-        let offset = (phys % PAGE) as u32;
-        let pages = usize::try_from(pages_spanned(offset, piece.len()))?;
-        let end = self.pages.checked_add(pages).ok_or(EMSGSIZE)?;
-        let places = self.pfns.get_mut(self.pages..end).ok_or(EMSGSIZE)?;
-        for (place, pfn) in places.iter_mut().zip(phys / PAGE..) {
-            *place = pfn;
-        }
-        *self.ranges.get_mut(self.count).ok_or(EMSGSIZE)? = (offset, piece.len(), pages);
-        self.pages = end;
-        self.count = self.count.saturating_add(1);
-        Ok(())
-    }
-
-    /// Adds the pieces of a packet.
-    fn add_all(&mut self, skb: &TxSkb) -> Result {
-        let (pieces, count) = skb.pieces();
-        pieces
-            .iter()
-            .take(count)
-            .try_for_each(|piece| self.add(piece))
-    }
-
-    /// Sends a packet with these ranges.
-    fn send(&self, channel: &Channel, message: &RndisPacket, id: u64) -> Result {
-        const EMPTY: GpaRange<'static> = GpaRange {
-            byte_count: 0,
-            byte_offset: 0,
-            pfns: &[],
-        };
-        let mut ranges = [EMPTY; MAX_RANGES];
-        let mut pfns = self.pfns.as_slice();
-        for (to, &(byte_offset, byte_count, pages)) in ranges.iter_mut().zip(&self.ranges) {
-            let (own, rest) = pfns.split_at_checked(pages).ok_or(EINVAL)?;
-            pfns = rest;
-            *to = GpaRange {
-                byte_count,
-                byte_offset,
-                pfns: own,
-            };
-        }
-        let ranges = ranges.get(..self.count).ok_or(EINVAL)?;
-        channel.send_gpa_ranges(ranges, &message.encode(), id)
-    }
-}
-
-/// Number of pages that the pieces of a packet touch.
-fn pages(skb: &TxSkb) -> u64 {
-    let (pieces, count) = skb.pieces();
-    pieces
-        .iter()
-        .take(count)
-        .map(|piece| {
-            pages_spanned(
-                (piece.phys() % hv_proto::PAGE_SIZE as u64) as u32,
-                piece.len(),
-            )
-        })
-        .fold(0, u64::saturating_add)
 }
 
 /// Where byte `at` of a section is in the send buffer.
@@ -289,8 +192,10 @@ impl Queue {
                 offset,
                 padding,
             } => {
-                Self::copy(buffers, section, offset, &head, &skb, padding)
-                    .map_err(|_| Failure::Drop)?;
+                if Self::copy(buffers, section, offset, &head, &skb, padding).is_err() {
+                    batcher.flush();
+                    return Err(Self::abandon(link, buffers, section, begun));
+                }
                 let sent = Sent::add(begun, skb, section);
                 match plan.send {
                     Some(batch) => self.send_section(link, channel, buffers, &batch, sent),
@@ -303,13 +208,13 @@ impl Queue {
             Place::CopyHead { section, offset } => {
                 let batch = plan.send.ok_or(Failure::Drop)?;
                 let mut ranges = Ranges::new();
-                ranges
-                    .add_all(&skb)
-                    .and_then(|()| {
-                        let at = place(buffers, section, offset)?;
-                        buffers.send_buffer().write_at(at, head.as_bytes())
-                    })
-                    .map_err(|_| Failure::Drop)?;
+                let written = ranges.add_all(&skb).and_then(|()| {
+                    let at = place(buffers, section, offset)?;
+                    buffers.send_buffer().write_at(at, head.as_bytes())
+                });
+                if written.is_err() {
+                    return Err(Self::abandon(link, buffers, section, begun));
+                }
                 let sent = Sent::add(begun, skb, section);
                 let message = batch.message();
                 self.post(link, channel, buffers, sent, |id| {
@@ -318,81 +223,6 @@ impl Queue {
             }
             Place::Direct => self.send_pages(link, channel, buffers, &head, skb),
         }
-    }
-
-    /// Brings a packet into shape, and says what goes before it.
-    fn prepare(link: &Link, skb: &mut TxSkb) -> Result<Head, Failure> {
-        let events = &link.nic.stats.events;
-        let no_memory = |_| {
-            events.tx_no_memory.count();
-            Failure::Drop
-        };
-        if skb.hoist_vlan().is_err() {
-            events.vlan_error.count();
-            return Err(Failure::Drop);
-        }
-        let most = MAX_PAGES as u64 - HEAD_PAGES;
-        if pages(skb) > most {
-            events.tx_scattered.count();
-            skb.linearize().map_err(no_memory)?;
-            if pages(skb) > most {
-                events.tx_too_big.count();
-                return Err(Failure::Drop);
-            }
-        }
-        skb.make_headroom(HEADROOM).map_err(no_memory)?;
-
-        let mut info = InfoWriter::new();
-        let mut put = |item| info.put(item).map_err(|_| Failure::Drop);
-        if link.nic.netdev().tx_queues() > 1 {
-            if let Some(hash) = skb.known_hash() {
-                put(Info::Hash(hash))?;
-            }
-        }
-        if let Some(tci) = skb.vlan() {
-            put(Info::Vlan(Vlan::from_tci(tci)))?;
-        }
-        if skb.is_gso() {
-            let ipv6 = skb.prepare_tso();
-            let item = LargeSend {
-                ipv6,
-                mss: skb.gso_size().into(),
-                tcp_offset: u16::try_from(skb.transport_offset()).unwrap_or(u16::MAX),
-            };
-            let item = item.encode().ok_or_else(|| {
-                events.tx_too_big.count();
-                Failure::Drop
-            })?;
-            put(Info::LargeSend(item))?;
-        } else if skb.wants_checksum() {
-            match Self::checksum(link, skb) {
-                Some(item) => put(Info::Checksum(item))?,
-                None => skb.compute_checksum().map_err(|_| Failure::Drop)?,
-            }
-        }
-        Head::new(skb.len(), &info).ok_or(Failure::Drop)
-    }
-
-    /// What the host is to compute; `None` if it cannot.
-    fn checksum(link: &Link, skb: &TxSkb) -> Option<hv_proto::net::ppi::Checksum> {
-        let kind = skb.transport();
-        if !link.nic.computes_checksum(kind) {
-            return None;
-        }
-        let (ipv6, transport) = match kind {
-            net::Transport::Tcp4 => (false, Transport::Tcp),
-            net::Transport::Udp4 => (false, Transport::Udp),
-            net::Transport::Tcp6 => (true, Transport::Tcp),
-            net::Transport::Udp6 => (true, Transport::Udp),
-            net::Transport::Other => return None,
-        };
-        SendChecksum {
-            ipv6,
-            transport: Some(transport),
-            ip_header: false,
-            transport_offset: u16::try_from(skb.transport_offset()).ok()?,
-        }
-        .encode()
     }
 
     /// Copies a packet into a section, from byte `at` on.
@@ -417,6 +247,72 @@ impl Queue {
             offset = offset.saturating_add(len);
         }
         buffer.write_at(offset, ZEROS.get(..padding as usize).ok_or(EINVAL)?)
+    }
+
+    /// Gives up a section that a packet could not be added to, with those that are in it.
+    fn abandon(link: &Link, buffers: &Buffers, section: u32, begun: Option<Sent>) -> Failure {
+        match begun {
+            Some(sent) => Self::lose(link, sent),
+            None => {
+                buffers.sections.give(section);
+            }
+        }
+        Failure::Drop
+    }
+
+    /// Gives up packets that the host does not have, or cannot reach any more.
+    fn lose(link: &Link, sent: Sent) {
+        if let (Some(section), Some(buffers)) = (sent.section, link.buffers()) {
+            buffers.sections.give(section);
+        }
+        link.nic.stats.tx_dropped.add(sent.packets.into());
+    }
+
+    /// Gives up everything that waits to be sent, and that the host has. Only when it cannot reach it any
+    /// more: the channel is closed. Nothing can be sent afterwards. Process context.
+    pub(crate) fn cancel_all(&self, link: &Link) {
+        let sender = {
+            let _softirqs = net::BhDisabled::new();
+            self.sender.lock().take()
+        };
+        if let Some(sent) = sender.and_then(|sender| sender.pending) {
+            Self::lose(link, sent);
+        }
+        self.slots.cancel_all(|_, request| {
+            if let Request::Data(sent) = request {
+                Self::lose(link, sent);
+                self.end_send();
+            }
+        });
+    }
+
+    /// Sends a message of RNDIS that is not a frame, and keeps it until the host has completed it.
+    ///
+    /// # Errors
+    ///
+    /// As [`Channel::send`], with the message, which may be sent again after `EAGAIN`; `EBUSY` if too
+    /// much is outstanding.
+    pub(crate) fn send_rndis(
+        &self,
+        message: KVec<u8>,
+    ) -> core::result::Result<(), (Error, Option<KVec<u8>>)> {
+        let Some(channel) = self.channel() else {
+            return Err((ENODEV, None));
+        };
+        let mut ranges = Ranges::new();
+        let added = Piece::of_heap(&message).and_then(|piece| ranges.add(&piece));
+        if let Err(error) = added {
+            return Err((error, None));
+        }
+        let packet = RndisPacket::outside(ChannelType::CONTROL);
+        self.slots
+            .send(Kind::Rndis, Request::Control(message), |id| {
+                ranges.send(channel, &packet, id)
+            })
+            .map_err(|(error, request)| match request {
+                Some(Request::Control(message)) => (error, Some(message)),
+                _ => (error, None),
+            })
     }
 
     /// Sends a section.

@@ -278,12 +278,16 @@ impl SharedBuffer {
             .ok_or(EINVAL)
     }
 
-    /// As [`SharedBuffer::read_at`], to memory that need not be initialized. It is afterwards.
+    /// As [`SharedBuffer::read_at`], to memory that need not be initialized. It is afterwards, and is returned.
     ///
     /// # Errors
     ///
     /// As [`SharedBuffer::read_at`].
-    pub fn read_uninit(&self, offset: usize, buf: &mut [MaybeUninit<u8>]) -> Result {
+    pub fn read_uninit<'a>(
+        &self,
+        offset: usize,
+        buf: &'a mut [MaybeUninit<u8>],
+    ) -> Result<&'a mut [u8]> {
         if !self.mapping.contains(offset, buf.len()) {
             return Err(EINVAL);
         }
@@ -297,7 +301,8 @@ impl SharedBuffer {
                 buf.len(),
             )
         };
-        Ok(())
+        // SAFETY: All of it was written just now.
+        Ok(unsafe { core::slice::from_raw_parts_mut(buf.as_mut_ptr().cast(), buf.len()) })
     }
 
     /// As [`SharedBuffer::write_at`], from memory that others may change meanwhile.

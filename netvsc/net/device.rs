@@ -239,6 +239,16 @@ impl NetDevice {
         Ok(())
     }
 
+    /// The address. It stays the same while the lock is held.
+    pub(crate) fn address(&self, _rtnl: &Rtnl) -> [u8; 6] {
+        // SAFETY: The device is valid, and an Ethernet device's address has six bytes.
+        unsafe {
+            raw::netvsc_helper_address(self.as_raw())
+                .cast::<[u8; 6]>()
+                .read()
+        }
+    }
+
     /// Whether somebody has given the device another name for people to read.
     pub(crate) fn has_alias(&self, _rtnl: &Rtnl) -> bool {
         // SAFETY: The device is valid.

@@ -127,6 +127,75 @@ impl fmt::Write for Cursor<'_> {
     }
 }
 
+/// The stack's way to a driver's level of messages. See [`message_level_callbacks!`].
+#[derive(Clone, Copy)]
+pub(crate) struct MessageLevelCallbacks {
+    get: unsafe extern "C" fn(*mut bindings::net_device) -> u32,
+    set: unsafe extern "C" fn(*mut bindings::net_device, u32),
+}
+
+impl MessageLevelCallbacks {
+    /// # Safety
+    ///
+    /// The functions must be fine with any registered device of the driver that they are for, if the lock
+    /// is held.
+    pub(crate) const unsafe fn new(
+        get: unsafe extern "C" fn(*mut bindings::net_device) -> u32,
+        set: unsafe extern "C" fn(*mut bindings::net_device, u32),
+    ) -> Self {
+        Self { get, set }
+    }
+}
+
+/// Makes the [`MessageLevelCallbacks`] of a driver, as functions of the module with these names.
+macro_rules! message_level_callbacks {
+    ($driver:ty, $get:ident, $set:ident) => {{
+        /// # Safety
+        ///
+        /// `dev` must be a registered device of the driver, and the lock must be held.
+        #[no_mangle]
+        unsafe extern "C" fn $get(dev: *mut ::kernel::bindings::net_device) -> u32 {
+            // SAFETY: as the caller promises.
+            unsafe { $crate::net::message_level::<$driver>(dev) }
+        }
+
+        /// # Safety
+        ///
+        /// `dev` must be a registered device of the driver, and the lock must be held.
+        #[no_mangle]
+        unsafe extern "C" fn $set(dev: *mut ::kernel::bindings::net_device, level: u32) {
+            // SAFETY: as the caller promises.
+            unsafe { $crate::net::set_message_level::<$driver>(dev, level) }
+        }
+
+        // SAFETY: The functions want no more than that.
+        unsafe { $crate::net::MessageLevelCallbacks::new($get, $set) }
+    }};
+}
+pub(crate) use message_level_callbacks;
+
+/// The level of messages of a device.
+///
+/// # Safety
+///
+/// `dev` must be a registered device with the operations of `T`, and the lock must be held.
+pub(crate) unsafe fn message_level<T: Operations>(dev: *mut bindings::net_device) -> u32 {
+    // SAFETY: as the caller promises.
+    let (this, _) = unsafe { Callbacks::<T>::of(dev) };
+    this.message_level().0
+}
+
+/// Sets the level of messages of a device.
+///
+/// # Safety
+///
+/// As [`message_level`].
+pub(crate) unsafe fn set_message_level<T: Operations>(dev: *mut bindings::net_device, level: u32) {
+    // SAFETY: as the caller promises.
+    let (this, _) = unsafe { Callbacks::<T>::of(dev) };
+    this.set_message_level(Level(level));
+}
+
 /// What a driver tells `ethtool`. All methods run with the [`Rtnl`] lock held and may sleep.
 pub(crate) trait EthtoolOperations {
     /// Name of the driver.
@@ -137,6 +206,8 @@ pub(crate) trait EthtoolOperations {
     const REGISTERS_VERSION: u32;
     /// Bytes of the key of the receive hash.
     const KEY_SIZE: usize;
+    /// The stack's way to the level of messages.
+    const MESSAGE_LEVEL: MessageLevelCallbacks;
 
     /// Reads the registers.
     fn registers(&self, rtnl: &Rtnl, registers: &mut [u32]);
@@ -235,8 +306,8 @@ impl<T: Operations> Callbacks<T> {
         get_drvinfo: Some(Self::get_drvinfo),
         get_regs_len: Some(Self::get_regs_len),
         get_regs: Some(Self::get_regs),
-        get_msglevel: Some(Self::get_msglevel),
-        set_msglevel: Some(Self::set_msglevel),
+        get_msglevel: Some(T::MESSAGE_LEVEL.get),
+        set_msglevel: Some(T::MESSAGE_LEVEL.set),
         get_link: Some(raw::ethtool_op_get_link),
         get_ringparam: Some(Self::get_ringparam),
         set_ringparam: Some(Self::set_ringparam),
@@ -297,18 +368,6 @@ impl<T: Operations> Callbacks<T> {
             core::slice::from_raw_parts_mut(buffer.cast::<u32>(), count)
         };
         this.registers(&rtnl, registers);
-    }
-
-    extern "C" fn get_msglevel(dev: *mut bindings::net_device) -> u32 {
-        // SAFETY: The stack calls this for a registered device, with the lock held.
-        let (this, _) = unsafe { Self::of(dev) };
-        this.message_level().0
-    }
-
-    extern "C" fn set_msglevel(dev: *mut bindings::net_device, level: u32) {
-        // SAFETY: The stack calls this for a registered device, with the lock held.
-        let (this, _) = unsafe { Self::of(dev) };
-        this.set_message_level(Level(level));
     }
 
     extern "C" fn get_ringparam(

@@ -68,6 +68,15 @@ pub(crate) struct Piece<'a> {
 }
 
 impl Piece<'_> {
+    /// Bytes of the kernel's heap.
+    pub(crate) fn of_heap(bytes: &KVec<u8>) -> Result<Piece<'_>> {
+        Ok(Piece {
+            address: bytes.as_ptr(),
+            len: u32::try_from(bytes.len())?,
+            _p: PhantomData,
+        })
+    }
+
     const EMPTY: Self = Self {
         address: core::ptr::null(),
         len: 0,
@@ -455,7 +464,7 @@ impl RxSkb {
         self.0.as_ptr()
     }
 
-    /// Appends `len` bytes, which `fill` writes. If it fails, the packet is of no use any more.
+    /// Appends `len` bytes, which `fill` writes and returns.
     ///
     /// # Errors
     ///
@@ -463,7 +472,7 @@ impl RxSkb {
     pub(crate) fn append(
         &mut self,
         len: u32,
-        fill: impl FnOnce(&mut [MaybeUninit<u8>]) -> Result,
+        fill: impl FnOnce(&mut [MaybeUninit<u8>]) -> Result<&mut [u8]>,
     ) -> Result {
         let skb = self.as_raw();
         // SAFETY: By the type invariants the packet is valid; tail and end are offsets from its head.
@@ -471,10 +480,32 @@ impl RxSkb {
         if len > room {
             return Err(ENOSPC);
         }
+        // SAFETY: as above; the room begins at the tail.
+        let start = unsafe { (*skb).head.add((*skb).tail as usize) };
+        // SAFETY: There are `len` bytes of room, which belong to the packet, and nobody else knows them.
+        let room = unsafe { core::slice::from_raw_parts_mut(start.cast(), len as usize) };
+        let filled = fill(room)?;
+        if filled.as_ptr() != start || filled.len() != len as usize {
+            return Err(EINVAL);
+        }
         // SAFETY: The packet is ours, linear, and has the room.
-        let start = unsafe { raw::skb_put(skb, len) };
-        // SAFETY: `skb_put()` returns where the `len` new bytes are, which belong to the packet.
-        fill(unsafe { core::slice::from_raw_parts_mut(start.cast(), len as usize) })
+        unsafe { raw::skb_put(skb, len) };
+        Ok(())
+    }
+
+    /// The bytes that are there: before [`RxSkb::set_device`] from the Ethernet header on.
+    pub(crate) fn bytes(&self) -> &[u8] {
+        let skb = self.as_raw();
+        // SAFETY: By the type invariants the packet is valid, linear, and ours, and `append` has seen that
+        // its bytes were written.
+        unsafe { core::slice::from_raw_parts((*skb).data, (*skb).len as usize) }
+    }
+
+    /// The packet was put together from `count` segments of TCP with `size` bytes of payload, but for the
+    /// last.
+    pub(crate) fn set_segments(&mut self, ipv6: bool, size: u16, count: u16) {
+        // SAFETY: By the type invariants the packet is ours.
+        unsafe { raw::netvsc_helper_skb_set_segments(self.as_raw(), ipv6, size, count) };
     }
 
     /// The packet came in on `dev`: takes its Ethernet header off.
