@@ -66,7 +66,7 @@ NICs (--net):
   passt     user-mode networking by the program passt (Debian package passt):
             DHCP and outgoing connections, without privileges
   mac       the guest's address [default: made from the NIC's number]
-  mtu       the MTU that the guest begins with, 576 to 65521 [default: 1500]
+  mtu       the largest MTU of the guest, 576 to 65521 [default: 1500]
   queues    most channels, 1 to 64 [default: one a processor, 8 at most]
   link      off: the cable is not in
   pcap      a file for what crosses this NIC alone

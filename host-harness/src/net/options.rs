@@ -36,7 +36,7 @@ pub enum BackendOption {
 /// | `passt` | nothing, or the program: user-mode networking | `passt` in the path |
 /// | `tcp_ports`, `udp_ports` | with `passt`: ports to forward to the guest, as passt(1) has them | none |
 /// | `mac` | the address of the guest | made from the NIC's number |
-/// | `mtu` | the MTU that the guest begins with, 576 to 65521 | 1500 |
+/// | `mtu` | the largest MTU of the guest, which begins with 1500 or this if it is less, 576 to 65521 | 1500 |
 /// | `queues` | most channels, 1 to 64; queues of a TAP | one for each processor, 8 at most |
 /// | `link` | `on`, `off`: whether the cable is in | `on` |
 /// | `pcap` | a file for what crosses this NIC | none |
@@ -47,7 +47,7 @@ pub struct NetOptions {
     pub backend: BackendOption,
     /// Address of the guest.
     pub mac: Option<[u8; 6]>,
-    /// MTU that the guest begins with.
+    /// The largest MTU of the guest.
     pub mtu: u16,
     /// Most channels.
     pub queues: Option<u16>,

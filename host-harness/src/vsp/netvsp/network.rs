@@ -68,7 +68,7 @@ pub struct NicParams {
     pub id: Option<String>,
     /// The address; made from its number without one.
     pub mac: Option<[u8; 6]>,
-    /// The MTU that the guest begins with.
+    /// The largest MTU of the guest.
     pub mtu: u16,
     /// Most channels.
     pub queues: u16,
@@ -263,6 +263,15 @@ impl Network {
     /// There is no such NIC.
     pub fn set_link(&self, name: &str, up: bool) -> Result<(), NetworkError> {
         self.with_nic(name, |nic| nic.set_link(up))
+    }
+
+    /// Lets a NIC take what the guest sends, and answer nothing of it, until it is told otherwise. What came
+    /// meanwhile is never answered. A testing aid.
+    ///
+    /// # Errors
+    /// There is no such NIC.
+    pub fn set_silent(&self, name: &str, silent: bool) -> Result<(), NetworkError> {
+        self.with_nic(name, |nic| nic.set_silent(silent))
     }
 
     /// Does to the guest what a host must not do. A testing aid.

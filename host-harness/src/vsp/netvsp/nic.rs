@@ -13,7 +13,7 @@ use hv_proto::net::adapter::{Adapter, AdapterConfig, Statistics};
 use hv_proto::net::features::Offloads;
 use hv_proto::net::nvsp::{Body, Capabilities, ChannelType, RndisPacket, Version};
 use hv_proto::net::provider::{Provider, ProviderConfig};
-use hv_proto::net::{MacAddress, RECEIVE_BUFFER_ID};
+use hv_proto::net::{ETHERNET_HEADER_SIZE, MacAddress, RECEIVE_BUFFER_ID};
 use hv_proto::packet::TransferPageRange;
 use serde::Serialize;
 use vmm_sys_util::eventfd::EventFd;
@@ -47,7 +47,7 @@ pub(super) struct NicConfig {
     /// Its number, from which its identity is made.
     pub number: u8,
     pub mac: [u8; 6],
-    /// The MTU that the guest begins with.
+    /// The largest MTU of the guest.
     pub mtu: u16,
     /// Most channels.
     pub queues: u16,
@@ -198,6 +198,9 @@ pub(super) struct State {
     pub provider: Provider,
     pub adapter: Adapter<'static>,
     pub receive: Option<Arc<ReceiveBuffer>>,
+    /// Sections of packets on sub-channels that were closed. If that was a rescind, the guest does not know yet and
+    /// may be reading them: they come back with the buffer.
+    pub orphans: Vec<Section>,
     pub send: Option<Arc<GpadlView>>,
     /// Open channels by index.
     pub channels: BTreeMap<u16, Arc<Channel>>,
@@ -206,10 +209,11 @@ pub(super) struct State {
 
 impl State {
     /// Takes the receive buffer back from the threads that use it.
-    pub fn drop_receive_buffer(&mut self) {
-        if let Some(buffer) = self.receive.take() {
-            buffer.close();
-        }
+    pub fn drop_receive_buffer(&mut self) -> Option<Arc<ReceiveBuffer>> {
+        self.orphans.clear();
+        let buffer = self.receive.take()?;
+        buffer.close();
+        Some(buffer)
     }
 }
 
@@ -223,6 +227,8 @@ pub(super) struct Inner {
     /// Wakes the threads that read the network, for their end.
     pub wake: EventFd,
     pub ended: AtomicBool,
+    /// Nothing that the guest sends is looked at: a testing aid.
+    pub silent: AtomicBool,
 }
 
 impl Inner {
@@ -231,7 +237,8 @@ impl Inner {
         let provider = Provider::new(ProviderConfig {
             max_version: config.max_version,
             max_sub_channels: queues.saturating_sub(1),
-            ..ProviderConfig::default()
+            // Whatever the guest says: the network takes no more.
+            max_frame_size: u32::from(config.mtu) + ETHERNET_HEADER_SIZE,
         });
         let adapter = Adapter::new(AdapterConfig {
             mac: MacAddress(config.mac),
@@ -433,6 +440,7 @@ impl Nic {
                 provider,
                 adapter,
                 receive: None,
+                orphans: Vec::new(),
                 send: None,
                 channels: BTreeMap::new(),
                 link,
@@ -441,6 +449,7 @@ impl Nic {
             tamper: RwLock::new(None),
             wake: EventFd::new(vmm_sys_util::eventfd::EFD_NONBLOCK)?,
             ended: AtomicBool::new(false),
+            silent: AtomicBool::new(false),
         });
         let mut nic = Self {
             inner,
@@ -479,6 +488,11 @@ impl Nic {
     /// Puts the cable in or takes it out.
     pub fn set_link(&self, up: bool) {
         self.inner.set_link(up);
+    }
+
+    /// Answers nothing any more, or does so again.
+    pub fn set_silent(&self, silent: bool) {
+        self.inner.silent.store(silent, Ordering::Release);
     }
 
     /// Does what a host must not do, on the primary channel.
@@ -584,13 +598,16 @@ impl Vsp for NetVsp {
     }
 
     fn close(&mut self, subchannel_index: u16) {
-        let channel = {
+        let (channel, buffer, others) = {
             let mut state = self.inner.write();
+            let channel = state.channels.remove(&subchannel_index);
             if subchannel_index == 0 {
                 // Threads that wait for sections go on.
-                state.drop_receive_buffer();
+                let buffer = state.drop_receive_buffer();
+                (channel, buffer, state.channels.values().cloned().collect())
+            } else {
+                (channel, None, Vec::new())
             }
-            state.channels.remove(&subchannel_index)
         };
         let Some(channel) = channel else {
             return;
@@ -599,9 +616,22 @@ impl Vsp for NetVsp {
             // If it panicked, the rest of the clean-up is still right.
             let _ = reader.join();
         }
-        channel.outstanding.end();
-        if subchannel_index == 0 {
-            self.forget();
+        let sections = channel.outstanding.end();
+        if subchannel_index != 0 {
+            let mut state = self.inner.write();
+            if state.receive.is_some() {
+                state.orphans.extend(sections);
+            }
+            return;
+        }
+        drop(sections);
+        for other in others {
+            other.outstanding.clear();
+        }
+        self.forget();
+        if let Some(buffer) = buffer {
+            // After a rescind, the guest takes its memory without another word.
+            buffer.wait_unused();
         }
     }
 }

@@ -97,6 +97,20 @@ impl ReceiveBuffer {
         lock(&self.state).closed = true;
         self.given.notify_all();
     }
+
+    /// Waits until nobody writes to a section of a closed buffer. They have no reason to take long.
+    pub fn wait_unused(&self) {
+        const LIMIT: Duration = Duration::from_secs(5);
+        let (_state, timeout) = self
+            .given
+            .wait_timeout_while(lock(&self.state), LIMIT, |state| {
+                state.free.len() < self.count()
+            })
+            .unwrap_or_else(PoisonError::into_inner);
+        if timeout.timed_out() {
+            tracing::warn!("a receive buffer is still written to");
+        }
+    }
 }
 
 /// A section in use. Dropping it gives it back, so it is given back exactly once.
@@ -164,13 +178,12 @@ impl Outstanding {
         sections.is_some()
     }
 
-    /// Frees all sections: the guest has closed the channel, and does not look at them any more.
-    pub fn end(&self) {
+    /// The channel is closed. Gives the sections of what the guest has not completed.
+    pub fn end(&self) -> Vec<Section> {
         let mut state = lock(&self.0);
         state.ended = true;
         let packets = std::mem::take(&mut state.packets);
-        drop(state);
-        drop(packets);
+        packets.into_values().flatten().collect()
     }
 
     /// Frees all sections: the guest takes its buffer back.

@@ -413,6 +413,28 @@ fn frames_cross_both_ways() {
 }
 
 #[test]
+fn the_mtu_of_the_nic_is_the_limit() {
+    // Whatever the guest says of itself.
+    let mut rig = Rig::with(1, GuestConfig::new(9000));
+    assert_eq!(
+        rig.query(Oid::GEN_MAXIMUM_FRAME_SIZE),
+        1500u32.to_le_bytes()
+    );
+    let headers = tcp(OWN, 1, &[]).len();
+    let frame = |mtu: usize| tcp(OWN, 1, &vec![7; mtu + 14 - headers]);
+    let info = InfoWriter::new();
+    assert_eq!(rig.send_direct(&frame(1500), &info), Status::SUCCESS);
+    assert_eq!(rig.out().unwrap().bytes, frame(1500));
+    // Room for a VLAN tag is left.
+    assert_ne!(rig.send_direct(&frame(1505), &info), Status::SUCCESS);
+    assert!(rig.out_nothing());
+    rig.to_guest(0, &Frame::plain(frame(1501)));
+    rig.wait(|status| status.counters.too_long == 1);
+    rig.to_guest(0, &Frame::plain(frame(1500)));
+    assert_eq!(parse(&rig.receive().messages[0]).0, frame(1500));
+}
+
+#[test]
 fn offloads_go_to_the_network() {
     let mut rig = Rig::new();
     let mut info = InfoWriter::new();

@@ -4,6 +4,7 @@
 //! sent.
 
 use std::sync::Arc;
+use std::sync::atomic::Ordering;
 
 use hv_proto::net::adapter::{Change, MAX_ANSWER_SIZE};
 use hv_proto::net::frame::{PACKET_HEAD_SIZE, PacketLayout};
@@ -47,6 +48,7 @@ impl Inner {
         };
         loop {
             let control = match reader.next(None) {
+                Ok(Some(_)) if self.silent.load(Ordering::Acquire) => None,
                 Ok(Some(packet)) => self.handle(channel, &mem, &packet, &mut scratch),
                 Ok(None) => None,
                 Err(error) => {
