@@ -54,14 +54,15 @@ impl Segments {
         let payload = len
             .checked_sub(u32::try_from(link_size).ok()?)?
             .checked_sub(headers)?;
-        let size = mtu.checked_sub(headers).filter(|&size| size != 0)?;
+        let size = mtu.checked_sub(headers)?;
         if payload <= size {
             return None;
         }
+        let rounded = payload.checked_add(size.checked_sub(1)?)?;
         Some(Self {
             ipv6,
             size: u16::try_from(size).ok()?,
-            count: u16::try_from(payload.div_ceil(size)).ok()?,
+            count: u16::try_from(rounded.checked_div(size)?).ok()?,
         })
     }
 }
