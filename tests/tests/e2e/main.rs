@@ -17,5 +17,6 @@ mod monitor;
 mod net;
 mod net_data;
 mod net_hostile;
+mod net_load;
 mod parity;
 mod services;
