@@ -3,7 +3,7 @@
 //! Runs the tests that boot guests: a few batches side by side, each in an L1 VM of its own where one is needed.
 //!
 //! A batch is a run of the test program with some names. A VM that dies takes one test with it: the batch's
-//! others go back to the queue. So does, once, a test whose guest the emulated processor failed. What a test
+//! others go back to the queue. So does, twice, a test whose guest the emulated processor failed. What a test
 //! prints is shown only when it fails.
 
 use std::{
@@ -53,9 +53,12 @@ struct Progress {
 }
 
 /// What a guest's kernel says when an interrupt comes although interrupts are off, in the few instructions before it
-/// has changed stacks. A guest cannot bring that about, nor can the harness, which has its interrupts delivered by KVM:
-/// the fault is in the emulated processor or in the KVM on it. Seen once in about 130 guests; the cause is not known.
+/// has changed stacks. A guest cannot bring that about, nor can the harness, which has its interrupts delivered by KVM.
+/// QEMU's emulated processor can, when the machine is busy: see `l1::PROCESSOR_NICENESS`.
 const EMULATOR_FAULT: &str = "BUG: ENTRY_TRAMPOLINE stack guard page was hit";
+
+/// How often a test runs again after that.
+const AGAIN: usize = 2;
 
 /// What a test printed, out of the report on the tests that failed.
 fn section<'a>(output: &'a str, name: &str) -> &'a str {
@@ -216,6 +219,7 @@ impl Program {
         for (name, time) in failures {
             if self.is_emulated() && failed_by_emulation(progress, &name, &output) {
                 println!("          again  {name}: the emulated processor failed");
+                eprintln!("{}", section(&output, &name));
                 rest.push(name);
                 continue;
             }
@@ -234,10 +238,11 @@ impl Program {
     }
 }
 
-/// Whether a test failed by a fault of the emulated processor, the first time that it did.
+/// Whether a test failed by a fault of the emulated processor, and may run again.
 fn failed_by_emulation(progress: &Mutex<Progress>, name: &str, output: &str) -> bool {
     let mut progress = progress.lock().unwrap_or_else(PoisonError::into_inner);
-    if !section(output, name).contains(EMULATOR_FAULT) || progress.again.iter().any(|n| n == name) {
+    let before = progress.again.iter().filter(|n| *n == name).count();
+    if !section(output, name).contains(EMULATOR_FAULT) || before >= AGAIN {
         return false;
     }
     progress.again.push(name.to_owned());
@@ -350,9 +355,10 @@ mod tests {
             (2, &vec!["c".to_owned()])
         );
         assert_eq!(rest.unwrap(), ["b"]);
-        // Once.
+        // Not for ever.
         let progress = Mutex::new(progress);
         let text = format!("---- b stdout ----\n{EMULATOR_FAULT}\n");
+        assert!(failed_by_emulation(&progress, "b", &text));
         assert!(!failed_by_emulation(&progress, "b", &text));
     }
 
