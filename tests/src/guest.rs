@@ -89,6 +89,7 @@ pub struct GuestBuilder {
     drivers: Drivers,
     cpus: u32,
     memory_mib: u64,
+    kernel: Option<PathBuf>,
     disks: Vec<DiskOptions>,
     nics: Vec<NetOptions>,
     host_version: Version,
@@ -107,6 +108,13 @@ impl GuestBuilder {
     #[must_use]
     pub fn cpus(mut self, cpus: u32) -> Self {
         self.cpus = cpus;
+        self
+    }
+
+    /// Another file with the kernel.
+    #[must_use]
+    pub fn kernel(mut self, kernel: PathBuf) -> Self {
+        self.kernel = Some(kernel);
         self
     }
 
@@ -230,7 +238,7 @@ impl GuestBuilder {
             words.push(' ');
             words.push_str(word);
         }
-        let mut vm = VmConfig::new(&manifest.kernel);
+        let mut vm = VmConfig::new(self.kernel.as_ref().unwrap_or(&manifest.kernel));
         vm.initrd = Some(manifest.initramfs.clone());
         vm.cmdline = words;
         vm.cpus = self.cpus;
@@ -326,6 +334,7 @@ impl Guest {
             drivers,
             cpus: 1,
             memory_mib: 512,
+            kernel: None,
             disks: Vec::new(),
             nics: Vec::new(),
             host_version: Version::V5_3,

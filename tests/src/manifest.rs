@@ -21,6 +21,8 @@ pub struct Manifest {
     pub kernel_release: String,
     /// `lsvmbus` of the kernel's source, which Debian's hyperv-daemons package does not have.
     pub lsvmbus: PathBuf,
+    /// The script of the kernel's source that unpacks the ELF image in a bzImage.
+    pub extract_vmlinux: PathBuf,
     /// The small user space: busybox, all drivers, the agent.
     pub initramfs: PathBuf,
     /// Our modules.

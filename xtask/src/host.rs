@@ -51,6 +51,11 @@ const PACKAGES: &[HostPackage] = &[
         name: "qemu-utils",
         witness: Witness::Program("qemu-img"),
     },
+    // One of them unpacks the kernel.
+    HostPackage {
+        name: "zstd",
+        witness: Witness::Program("zstd"),
+    },
     // The guest's network, where nobody says otherwise.
     HostPackage {
         name: "passt",

@@ -177,6 +177,7 @@ impl Ready {
             self.harness.clone(),
             self.initramfs.clone(),
             self.debian.clone(),
+            self.kernel.source(),
         ];
         paths.extend(std::env::current_exe().ok());
         paths
@@ -192,6 +193,7 @@ impl Ready {
             "kernel_release": self.kernel.release,
             "kernel_modules": text(&self.kernel.modules),
             "lsvmbus": text(&self.kernel.source().join("tools/hv/lsvmbus")),
+            "extract_vmlinux": text(&self.kernel.source().join("scripts/extract-vmlinux")),
             "initramfs": text(&self.initramfs),
             "rootfs": text(&self.debian),
             "modules_dir": text(&self.modules),

@@ -113,16 +113,17 @@ fn dead_host_fails_io_and_may_come_back(guest: &Guest, images: &Images) -> Resul
     let (first, second) = (guest.disk(0, 0)?, guest.disk(0, SECOND)?);
     let unknown = driver_counter(guest, "unknown")?;
     stall(guest, Stall::Everything)?;
-    let readers: Vec<_> = (0..4)
+    // Not reads: a host that does them late puts the data into memory that has another owner by then.
+    let writers: Vec<_> = (0..4)
         .map(|n| {
             guest.spawn(&format!(
-                "dd if=/dev/{first} of=/dev/null bs=16k skip={n} count=1 iflag=direct"
+                "dd if=/dev/zero of=/dev/{first} bs=16k seek={n} count=1 oflag=direct"
             ))
         })
         .collect::<Result<_>>()?;
-    for reader in readers {
-        let output = reader.wait(COMMAND)?;
-        ensure!(output.status != 0, "a read succeeded: {output}");
+    for writer in writers {
+        let output = writer.wait(COMMAND)?;
+        ensure!(output.status != 0, "a write succeeded: {output}");
     }
     ensure!(
         guest.sh(&format!("cat /sys/block/{first}/device/state"))? == "offline",

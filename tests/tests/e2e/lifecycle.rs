@@ -1,7 +1,8 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
 
-//! Loading and unloading, kexec, crash.
+//! Kernels of both forms, loading and unloading, kexec, crash.
 
+use std::process::Command;
 use std::time::Duration;
 
 use anyhow::{Context, Result, ensure};
@@ -17,6 +18,28 @@ both_drivers!(reloads_twenty_times_and_crashes, kexec_finds_the_disk_again);
 
 // For what the C drivers do see `bus::rescind_under_io_ends_it`.
 our_drivers!(controller_goes_and_comes_under_io);
+
+/// The other form of a kernel than the bzImage that all other guests boot.
+#[test]
+fn an_elf_kernel_boots() -> Result<()> {
+    let images = Images::new()?;
+    let manifest = Manifest::load()?;
+    let output = Command::new("sh")
+        .arg(&manifest.extract_vmlinux)
+        .arg(&manifest.kernel)
+        .output()?;
+    ensure!(output.stdout.starts_with(b"\x7fELF"), "{output:?}");
+    let kernel = images.path("vmlinux");
+    std::fs::write(&kernel, output.stdout)?;
+    let guest = Guest::with(Drivers::Rust)
+        .kernel(kernel)
+        .disk(DiskOptions::new(images.blank("a.raw", MIB)?))
+        .boot()?;
+    guest.disk(0, 0)?;
+    ensure!(guest.sh("uname -r")? == manifest.kernel_release);
+    guest.check_log(&[])?;
+    guest.power_off()
+}
 
 /// The crash comes last: what a driver leaves behind when it goes would be found by the crash's notifiers.
 fn reloads_twenty_times_and_crashes(drivers: Drivers) -> Result<()> {

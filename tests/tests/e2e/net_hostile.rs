@@ -503,6 +503,25 @@ fn bad_answers_are_survived(drivers: Drivers) -> Result<()> {
         counts()
     );
     network.tamper("net0", None)?;
+
+    // A set-up that cannot succeed: the old one comes back.
+    let left = AtomicU32::new(1);
+    tamper(Arc::new(move |packet| match packet {
+        Injection::Completion(id, payload)
+            if matches!(
+                nvsp::split_type(payload),
+                Ok((MessageType::SEND_RECEIVE_BUFFER_COMPLETE, _))
+            ) && left.swap(0, Ordering::Relaxed) == 1 =>
+        {
+            vec![Injection::Completion(*id, payload[..8].to_vec())]
+        }
+        _ => vec![packet.clone()],
+    }))?;
+    let output = guest.run(&format!("ip link set {eth} mtu 1300"))?;
+    ensure!(output.status != 0, "a buffer without sections was taken");
+    network.tamper("net0", None)?;
+    ensure!(guest.sh(&format!("cat /sys/class/net/{eth}/mtu"))? == "1400");
+    guest.wait_for(&format!("test $(cat /sys/class/net/{eth}/carrier) = 1"))?;
     guest.sh("echo 10 > /sys/module/netvsc/parameters/host_timeout")?;
     transfer(&guest, &namespace, HERE, MIB)?;
     reload(&guest)?;
