@@ -110,8 +110,12 @@ impl Traffic {
         let Self { sink, source, .. } = self;
         guest.sh(&format!("{EAGER}; touch /tmp/traffic"))?;
         for command in [
-            format!("nc {HERE} {sink} < /dev/zero"),
-            format!("nc {HERE} {source} > /dev/null"),
+            // One whose other end has gone unheard is not waited for: it begins anew.
+            // As the source: as much as is needed, for an emulated processor.
+            format!(
+                "while head -c 16384 /dev/zero; do usleep 5000; done | timeout 10 nc {HERE} {sink}"
+            ),
+            format!("timeout 10 nc {HERE} {source} > /dev/null"),
         ] {
             guest.sh(&format!(
                 "(while test -e /tmp/traffic; do {command}; sleep 0.1; done) >/dev/null 2>&1 </dev/null &"
@@ -291,7 +295,9 @@ fn settings_change_under_traffic(drivers: Drivers) -> Result<()> {
             "ip link set {eth} down && ip link set {eth} address {address} && ip link set {eth} up"
         ))?;
         // Or it would be half a minute before the bridge asks for it again.
-        traffic.namespace.sh("ip neighbour flush all")
+        traffic
+            .namespace
+            .sh(&format!("ip neighbour del {THERE} dev {BRIDGE}; true"))
     };
     set_address(ADDRESS)?;
     flows(&guest, &nic, "a change of the address")?;
