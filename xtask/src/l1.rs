@@ -208,7 +208,8 @@ fn relay(mut from: UnixStream, mut to: impl Write + Send + 'static) -> JoinHandl
 /// QEMU notes an interrupt for a processor and then has the processor look. If the processor has seen it before that
 /// and has entered a guest meanwhile, with an interrupt for the guest, then the guest gets its interrupt twice: QEMU's
 /// `helper_vmrun` leaves the vector in `exception_index`, where `cpu_handle_interrupt` finds it. Between the two steps
-/// are a few instructions, unless a processor's thread gets its turn there. So these give way.
+/// are a few instructions, unless a processor's thread gets its turn there. So these give way. (Read in QEMU's source;
+/// the race itself was not traced, and it still happens.)
 const PROCESSOR_NICENESS: i32 = 10;
 
 /// Lets the threads of QEMU's that are processors give way to the others. Says whether there are any yet.
