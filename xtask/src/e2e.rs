@@ -48,25 +48,6 @@ struct Progress {
     total: usize,
     ended: usize,
     failed: Vec<String>,
-    /// Tests that run again because the emulated processor failed under them.
-    again: Vec<String>,
-}
-
-/// What a guest's kernel says when an interrupt comes although interrupts are off, in the few instructions before it
-/// has changed stacks. A guest cannot bring that about, nor can the harness, which has its interrupts delivered by KVM.
-/// QEMU's emulated processor can, when the machine is busy: see `l1::PROCESSOR_NICENESS`.
-const EMULATOR_FAULT: &str = "BUG: ENTRY_TRAMPOLINE stack guard page was hit";
-
-/// How often a test runs again after that.
-const AGAIN: usize = 2;
-
-/// What a test printed, out of the report on the tests that failed.
-fn section<'a>(output: &'a str, name: &str) -> &'a str {
-    let Some((_, rest)) = output.split_once(&format!("---- {name} stdout ----\n")) else {
-        return "";
-    };
-    rest.split_once("\n---- ")
-        .map_or(rest, |(section, _)| section)
 }
 
 /// A line `test NAME ... RESULT` of the test program: the name, and whether the test passed.
@@ -214,15 +195,9 @@ impl Program {
                 cmd::describe(status)
             );
         }
-        let mut rest: Vec<String> = waiting.into_iter().cloned().collect();
+        let rest: Vec<String> = waiting.into_iter().cloned().collect();
         let mut shown = false;
         for (name, time) in failures {
-            if self.is_emulated() && failed_by_emulation(progress, &name, &output) {
-                println!("          again  {name}: the emulated processor failed");
-                eprintln!("{}", section(&output, &name));
-                rest.push(name);
-                continue;
-            }
             report(progress, &name, false, time);
             shown = true;
         }
@@ -231,22 +206,6 @@ impl Program {
         }
         Ok(rest)
     }
-
-    /// Whether guests run on a processor that is emulated.
-    fn is_emulated(&self) -> bool {
-        !self.runner.is_empty()
-    }
-}
-
-/// Whether a test failed by a fault of the emulated processor, and may run again.
-fn failed_by_emulation(progress: &Mutex<Progress>, name: &str, output: &str) -> bool {
-    let mut progress = progress.lock().unwrap_or_else(PoisonError::into_inner);
-    let before = progress.again.iter().filter(|n| *n == name).count();
-    if !section(output, name).contains(EMULATOR_FAULT) || before >= AGAIN {
-        return false;
-    }
-    progress.again.push(name.to_owned());
-    true
 }
 
 /// Counts a test's end and tells the user.
@@ -340,26 +299,6 @@ mod tests {
         );
         assert_eq!((progress.ended, progress.failed), (2, vec!["b".to_owned()]));
         assert_eq!(rest.unwrap(), ["c"]);
-    }
-
-    #[test]
-    fn a_fault_of_the_emulator_is_not_the_tests() {
-        let fault = format!(
-            "echo 'test a ... ok'; echo 'test b ... FAILED'; echo 'test c ... FAILED'; \
-             echo '---- b stdout ----'; echo 'Error: {EMULATOR_FAULT}'; echo; \
-             echo '---- c stdout ----'; echo 'Error: wrong'"
-        );
-        let (progress, rest) = run("fault", &fault);
-        assert_eq!(
-            (progress.ended, &progress.failed),
-            (2, &vec!["c".to_owned()])
-        );
-        assert_eq!(rest.unwrap(), ["b"]);
-        // Not for ever.
-        let progress = Mutex::new(progress);
-        let text = format!("---- b stdout ----\n{EMULATOR_FAULT}\n");
-        assert!(failed_by_emulation(&progress, "b", &text));
-        assert!(!failed_by_emulation(&progress, "b", &text));
     }
 
     #[test]

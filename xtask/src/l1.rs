@@ -21,7 +21,6 @@ use std::{
 };
 
 use anyhow::{Context, Result, bail};
-use rustix::process::{Pid, setpriority_process};
 use rustix::termios::{OptionalActions, Termios, tcgetattr, tcsetattr};
 
 use crate::{
@@ -203,32 +202,6 @@ fn relay(mut from: UnixStream, mut to: impl Write + Send + 'static) -> JoinHandl
     })
 }
 
-/// What is added to the niceness of the threads that are the VM's processors.
-///
-/// QEMU notes an interrupt for a processor and then has the processor look. If the processor has seen it before that
-/// and has entered a guest meanwhile, with an interrupt for the guest, then the guest gets its interrupt twice: QEMU's
-/// `helper_vmrun` leaves the vector in `exception_index`, where `cpu_handle_interrupt` finds it. Between the two steps
-/// are a few instructions, unless a processor's thread gets its turn there. So these give way. (Read in QEMU's source;
-/// the race itself was not traced, and it still happens.)
-const PROCESSOR_NICENESS: i32 = 10;
-
-/// Lets the threads of QEMU's that are processors give way to the others. Says whether there are any yet.
-fn yield_processors(qemu: &Child) -> Result<bool> {
-    let mut found = false;
-    let tasks = format!("/proc/{}/task", qemu.id());
-    for task in fs::read_dir(&tasks).with_context(|| format!("cannot read {tasks}"))? {
-        let task = task?;
-        let name = fs::read_to_string(task.path().join("comm")).unwrap_or_default();
-        let id = task.file_name().to_string_lossy().parse().ok();
-        if let (true, Some(id)) = (name.starts_with("CPU "), id.and_then(Pid::from_raw)) {
-            setpriority_process(Some(id), PROCESSOR_NICENESS)
-                .context("cannot set a thread's priority")?;
-            found = true;
-        }
-    }
-    Ok(found)
-}
-
 /// Ends QEMU when dropped.
 struct Process(Child);
 
@@ -251,8 +224,6 @@ impl L1 {
                 "none",
                 "-no-reboot",
             ])
-            // Names its threads.
-            .args(["-name", "L1,debug-threads=on"])
             .args(["-accel", "tcg,thread=multi"])
             .args(["-cpu", CPU])
             .args(["-smp", &self.cpus.to_string()])
@@ -366,12 +337,10 @@ impl L1 {
         }
 
         let started = Instant::now();
-        let mut yielding = false;
         let status = loop {
             if let Some(status) = qemu.0.try_wait()? {
                 break status;
             }
-            yielding = yielding || yield_processors(&qemu.0)?;
             if cmd::interrupted() || quit.load(Ordering::Relaxed) {
                 bail!(Interrupted);
             }
