@@ -4,7 +4,8 @@
 //!
 //! Each question has a key that its answer repeats. An answer that nobody waits for is dropped, so
 //! a late or made-up answer does no harm. Every wait ends: with the answer, when the channel is
-//! rescinded, or after [`TIMEOUT_MS`].
+//! rescinded, or after [`TIMEOUT_MS`]. When a rescind and a question cross, an answer may follow the
+//! rescind: that is no mistake of the host's.
 
 use crate::{
     channel::Channel,
@@ -89,17 +90,55 @@ impl Question {
     }
 }
 
-/// All questions that wait. There are never more than threads that ask.
+/// Questions ended by a rescind whose answers may still come. Only the last ones are known: a host
+/// need not answer, and could make the list grow for ever.
+struct Ended {
+    keys: [Option<Key>; Self::MAX],
+    next: usize,
+}
+
+impl Ended {
+    const MAX: usize = 16;
+
+    const NONE: Self = Self {
+        keys: [None; Self::MAX],
+        next: 0,
+    };
+
+    fn add(&mut self, key: Key) {
+        if let Some(place) = self.keys.get_mut(self.next) {
+            *place = Some(key);
+        }
+        self.next = (self.next + 1) % Self::MAX;
+    }
+
+    /// Forgets a question. Says whether it was known.
+    fn take(&mut self, key: Key) -> bool {
+        let place = self.keys.iter_mut().find(|place| **place == Some(key));
+        place.is_some_and(|place| place.take().is_some())
+    }
+}
+
+struct State {
+    /// There are never more than threads that ask.
+    waiting: KVec<Arc<Question>>,
+    ended: Ended,
+}
+
+/// All questions.
 #[pin_data]
 pub(crate) struct Questions {
     #[pin]
-    waiting: Mutex<KVec<Arc<Question>>>,
+    state: Mutex<State>,
 }
 
 impl Questions {
     pub(crate) fn new() -> impl PinInit<Self> {
         pin_init!(Self {
-            waiting <- new_mutex!(KVec::new()),
+            state <- new_mutex!(State {
+                waiting: KVec::new(),
+                ended: Ended::NONE,
+            }),
         })
     }
 
@@ -123,7 +162,10 @@ impl Questions {
             }),
             GFP_KERNEL,
         )?;
-        self.waiting.lock().push(question.clone(), GFP_KERNEL)?;
+        self.state
+            .lock()
+            .waiting
+            .push(question.clone(), GFP_KERNEL)?;
 
         // A rescind that came before the question was in the list did not see it.
         let asked = if channel.is_some_and(|channel| channel.is_rescinded()) {
@@ -134,8 +176,9 @@ impl Questions {
         if asked.is_ok() {
             question.done.wait(TIMEOUT_MS);
         }
-        self.waiting
+        self.state
             .lock()
+            .waiting
             .retain(|other| !Arc::ptr_eq(other, &question));
         asked?;
         let end = question.end.lock().take();
@@ -146,13 +189,14 @@ impl Questions {
         }
     }
 
-    /// Passes on an answer. Returns false if it is none, or nobody waits for it.
+    /// Passes on an answer. Returns false if it is none, or to no question.
     pub(crate) fn answer(&self, message: HostMessage) -> bool {
         let Some(key) = Key::of(&message) else {
             return false;
         };
         let mut found = false;
-        self.waiting.lock().retain(|question| {
+        let mut state = self.state.lock();
+        state.waiting.retain(|question| {
             if found || question.key != key {
                 return true;
             }
@@ -160,15 +204,18 @@ impl Questions {
             question.finish(End::Answered(message));
             false
         });
-        found
+        found || state.ended.take(key)
     }
 
     /// Ends all questions about `channel`.
     pub(crate) fn rescind(&self, channel: ChannelId) {
-        self.waiting.lock().retain(|question| {
+        let mut state = self.state.lock();
+        let State { waiting, ended } = &mut *state;
+        waiting.retain(|question| {
             if question.channel != Some(channel) {
                 return true;
             }
+            ended.add(question.key);
             question.finish(End::Rescinded);
             false
         });

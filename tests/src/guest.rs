@@ -476,11 +476,7 @@ impl Guest {
     pub fn run_for(&self, command: &str, timeout: Duration) -> Result<Output> {
         match self.agent.run(command, timeout) {
             Ok(output) => Ok(output),
-            Err(error) => bail!(
-                "{error}\n--- console\n{}\n--- log\n{}",
-                self.console,
-                self.last_words()
-            ),
+            Err(error) => bail!("{error}\n--- log\n{}", self.last_words()),
         }
     }
 
@@ -680,7 +676,7 @@ impl Guest {
         );
         let guest = match guest {
             Ok(output) => output.stdout,
-            Err(error) => error.to_string(),
+            Err(error) => format!("{error}\n--- console\n{}", self.console),
         };
         let status = self.host.server().map(|server| server.status());
         let channels = status.into_iter().flat_map(|status| status.channels);
