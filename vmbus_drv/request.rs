@@ -109,7 +109,8 @@ impl Ended {
         if let Some(place) = self.keys.get_mut(self.next) {
             *place = Some(key);
         }
-        self.next = (self.next + 1) % Self::MAX;
+        let next = self.next.wrapping_add(1);
+        self.next = if next < Self::MAX { next } else { 0 };
     }
 
     /// Forgets a question. Says whether it was known.
