@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: GPL-2.0
 
 //! Requests of the driver itself: the handshake and resets. One at a time, each with a time limit,
-//! each ended by a rescind of the controller.
+//! each ended when the primary channel cannot be used any more.
 
 use hv_proto::storage::{
     VstorPacket,
@@ -74,8 +74,10 @@ struct Waiting {
 
 struct State {
     last_id: u64,
-    /// The controller has gone: nothing will be answered any more.
+    /// The primary channel has gone: nothing will be answered any more.
     gone: bool,
+    /// Nothing is to be asked any more.
+    finished: bool,
     pending: Option<Arc<Waiting>>,
 }
 
@@ -96,6 +98,7 @@ impl Control {
             state <- new_spinlock_irq!(State {
                 last_id: CONTROL,
                 gone: false,
+                finished: false,
                 pending: None,
             }, "storvsc_control"),
         })
@@ -105,8 +108,8 @@ impl Control {
     ///
     /// # Errors
     ///
-    /// `ETIMEDOUT` when no answer came, `ENODEV` when the controller has gone, `ENOMEM`, or what the
-    /// bus says.
+    /// `ETIMEDOUT` when no answer came, `ENODEV` when the channel has gone, `ENOMEM`, or what the bus
+    /// says.
     pub(crate) fn execute(
         &self,
         channel: &Channel,
@@ -184,7 +187,13 @@ impl Control {
         true
     }
 
-    /// The controller has gone: ends the request that waits, and lets no more begin.
+    /// The primary channel is about to be opened: requests can be made.
+    pub(crate) fn begin(&self) {
+        let mut state = self.state.lock();
+        state.gone = state.finished;
+    }
+
+    /// The primary channel has gone: ends the request that waits, and lets none begin on it.
     pub(crate) fn end(&self) {
         let mut state = self.state.lock();
         state.gone = true;
@@ -193,5 +202,11 @@ impl Control {
         if let Some(waiting) = waiting {
             waiting.event.set();
         }
+    }
+
+    /// As [`Control::end`], for ever.
+    pub(crate) fn finish(&self) {
+        self.state.lock().finished = true;
+        self.end();
     }
 }

@@ -4,7 +4,10 @@
 //!
 //! Nothing in here is shared between controllers.
 
+mod attachment;
 mod recovery;
+
+use self::attachment::Attachment;
 
 use crate::{
     control::{
@@ -63,7 +66,6 @@ use hv_proto::{
         Action,
         DataIn,
         LunAddress,
-        Negotiated,
         Operation,
         ScsiRequest,
         SentCommand,
@@ -76,13 +78,16 @@ use hv_proto::{
 use kernel::{
     device,
     impl_has_work,
+    new_mutex,
     new_spinlock_irq,
     new_work,
     prelude::*,
     sync::{
         aref::ARef,
+        rcu,
         Arc,
         ArcBorrow,
+        Mutex,
         SetOnce,
         SpinLockIrq, //
     },
@@ -94,6 +99,7 @@ use kernel::{
 };
 use vmbus::{
     Channel,
+    Event,
     OwnedQueue, //
 };
 
@@ -109,6 +115,7 @@ type Answer = Option<VstorPacket>;
 /// What is known only when the host has been asked.
 struct Io {
     version: Version,
+    max_transfer_bytes: u32,
     table: Table<Controller, Answer>,
     /// Commands that one unit may have at a time.
     max_depth: u32,
@@ -124,9 +131,17 @@ pub(crate) struct Controller {
     control: Control,
     io: SetOnce<Io>,
     presence: Presence,
+    #[pin]
+    attachment: Mutex<Attachment>,
+    /// No maintenance is wanted any more.
+    #[pin]
+    stopping: Event,
     host: SetOnce<Host<Controller>>,
     #[pin]
     limit: Limit,
+    /// For what must not be missed for the rest.
+    #[pin]
+    news: Limit,
     #[pin]
     pending: SpinLockIrq<Pending>,
     /// Where `work` runs; `None` before the host is registered, and when it is about to go.
@@ -164,8 +179,11 @@ impl Controller {
                 control <- Control::new(),
                 io: SetOnce::new(),
                 presence: Presence::new(),
+                attachment <- new_mutex!(None, "storvsc_attachment"),
+                stopping <- Event::new(),
                 host: SetOnce::new(),
                 limit <- Limit::new(),
+                news <- Limit::new(),
                 pending <- new_spinlock_irq!(Pending::NONE, "storvsc_pending"),
                 queue <- new_spinlock_irq!(None, "storvsc_queue"),
                 work <- new_work!("storvsc_maintenance"),
@@ -174,69 +192,70 @@ impl Controller {
         )
     }
 
-    /// The device, for messages.
-    pub(crate) fn dev(&self) -> &device::Device {
-        &self.dev
-    }
-
     /// The channels.
     pub(crate) fn paths(&self) -> &Paths {
         &self.paths
     }
 
-    /// The driver's own requests.
-    pub(crate) fn control(&self) -> &Control {
-        &self.control
-    }
-
-    /// Takes note of what was agreed on with the host; commands can be sent from now on.
-    pub(crate) fn set_up(&self, agreed: &Negotiated, limits: &Limits) -> Result {
-        let io = Io {
-            version: agreed.version,
-            table: Table::new(limits.queues, limits.can_queue)?,
-            max_depth: limits.max_depth.into(),
-        };
-        if !self.io.populate(io) {
-            return Err(EBUSY);
-        }
-        Ok(())
-    }
-
     /// The host is registered: news of its units are acted on from now on.
-    pub(crate) fn start(&self, host: Host<Controller>, queue: OwnedQueue) {
+    pub(crate) fn start(self: ArcBorrow<'_, Self>, host: Host<Controller>, queue: OwnedQueue) {
         self.host.populate(host);
         *self.queue.lock() = Some(queue);
+        // A channel may have been lost since it was opened.
+        self.maintain(|_| ());
     }
 
     /// Lets no more maintenance begin, and waits for what is going on. Sleeps.
     pub(crate) fn stop(&self) {
+        self.stopping.set();
+        if !self.presence.is_attached() {
+            // It need not be any more.
+            self.control.finish();
+        }
         // Dropping the queue waits, so that it is done out of the lock.
         let _queue = self.queue.lock().take();
     }
 
-    /// Ends all commands in flight on a channel that has gone or is damaged, and with the primary
+    /// The host has taken a channel back: ends all commands in flight on it, and with the primary
     /// channel all that the controller does. Process context.
-    pub(crate) fn path_is_dead(self: ArcBorrow<'_, Self>, index: u16) {
-        self.paths.set_dead(index);
-        if index == 0 {
+    fn rescinded(self: ArcBorrow<'_, Self>, path: &Path) {
+        path.set_dead();
+        if path.index() == 0 {
             self.control.end();
         }
         if let Some(io) = self.io.as_ref() {
-            if index == 0 {
+            if path.index() == 0 {
                 io.table.fail(None, HostByte::NO_CONNECT);
             } else {
                 // They can go over another channel.
-                io.table.fail(Some(index), HostByte::REQUEUE);
+                io.table.fail(Some(path.index()), HostByte::REQUEUE);
             }
         }
         self.maintain(|_| ());
     }
 
-    /// A packet has come on channel `index`. Softirq context.
-    pub(crate) fn packet(self: ArcBorrow<'_, Self>, index: u16, packet: &Packet<'_>) {
+    /// A ring cannot be used any more. The host has the commands still: they end when the channels
+    /// are closed. Any context.
+    fn damaged(self: ArcBorrow<'_, Self>, path: &Path) {
+        if path.set_dead() && self.news.allows() {
+            dev_err!(
+                self.dev,
+                "the host has damaged the ring of channel {}\n",
+                path.index()
+            );
+        }
+        if path.index() == 0 {
+            self.control.end();
+        }
+        self.presence.lose();
+        self.maintain(|_| ());
+    }
+
+    /// A packet has come. Softirq context.
+    fn packet(self: ArcBorrow<'_, Self>, path: &Path, packet: &Packet<'_>) {
         let known = match packet.packet_type() {
             PacketType::COMPLETION => {
-                self.completion(index, packet.transaction_id(), packet.payload())
+                self.completion(path, packet.transaction_id(), packet.payload())
             }
             PacketType::IN_BAND => match VstorPacket::operation_of(packet.payload()) {
                 Some(Operation::ENUMERATE_BUS | Operation::REMOVE_DEVICE) => {
@@ -250,19 +269,13 @@ impl Controller {
             },
             _ => false,
         };
-        if self.presence.heard() {
-            dev_info!(
-                self.dev,
-                "the host is back; disks that went offline meanwhile stay so until their state is set\n"
-            );
-        }
         if !known {
-            self.paths.count_unknown(index);
+            path.count_unknown();
             if self.limit.allows() {
                 dev_warn!(
                     self.dev,
                     "unexpected packet on channel {}: type {}, id {:#x}, {} bytes\n",
-                    index,
+                    path.index(),
                     packet.packet_type().get(),
                     packet.transaction_id(),
                     packet.payload().len()
@@ -272,9 +285,9 @@ impl Controller {
     }
 
     /// A completion has come. Says whether it was one for something.
-    fn completion(self: ArcBorrow<'_, Self>, index: u16, id: u64, payload: &[u8]) -> bool {
+    fn completion(self: ArcBorrow<'_, Self>, path: &Path, id: u64, payload: &[u8]) -> bool {
         if control::is_control(id) {
-            return index == 0 && self.control.answer(id, payload);
+            return path.index() == 0 && self.control.answer(id, payload);
         }
         let Some(io) = self.io.as_ref() else {
             return false;
@@ -282,7 +295,7 @@ impl Controller {
         let answer = VstorPacket::parse(payload, PACKET_SIZE)
             .ok()
             .filter(|packet| packet.operation == Operation::COMPLETE_IO);
-        let known = match io.table.answer(id, index, answer) {
+        let known = match io.table.answer(id, path.index(), answer) {
             Answered::Command(cmd, answer) => {
                 self.finish(cmd, answer);
                 true
@@ -291,7 +304,7 @@ impl Controller {
             Answered::Unknown => false,
         };
         if known {
-            self.paths.count_completed(index);
+            path.count_completed();
         }
         known
     }
@@ -390,6 +403,11 @@ impl Controller {
         }
     }
 
+    /// Whether what is noted will be done.
+    fn is_maintained(&self) -> bool {
+        self.queue.lock().is_some()
+    }
+
     /// Does the tasks about single units.
     fn run_tasks(&self, host: &Host<Self>, pending: &Pending) {
         for task in pending.tasks() {
@@ -482,21 +500,30 @@ impl Controller {
         }
 
         let tag = cmd.unique_tag();
-        let Some((index, path)) = self.paths.select(tag.queue) else {
+        // Who closes the channels says so first, then waits for this to be let go, and then ends the
+        // commands in the table.
+        let guard = rcu::read_lock();
+        let path = if self.presence.is_attached() {
+            self.paths.select(&guard, tag.queue)
+        } else {
+            None
+        };
+        let Some(path) = path else {
+            if self.presence.is_reattaching() && !self.paths.is_gone() && self.is_maintained() {
+                return Err(Busy(cmd));
+            }
             cmd.complete(Outcome::failed(HostByte::NO_CONNECT));
             return Ok(());
         };
-        let Some(id) = io.table.begin(tag, index) else {
+        let Some(id) = io.table.begin(tag, path.index()) else {
             return Err(Busy(cmd));
         };
-        // The order matters: who declares a channel or the host dead says so first, and then ends the
-        // commands in the table. Either it sees this command there, or this sees what it says.
-        let sent = if path.is_dead() || self.paths.is_gone() {
+        // The order matters: a channel that goes is marked first, and then its commands in the table
+        // are ended. Either that sees this command there, or this sees the mark.
+        let sent = if path.is_dead() {
             Err(ENODEV)
-        } else if self.presence.is_silent() {
-            Err(ETIMEDOUT)
         } else {
-            Self::send(path, &cmd, packet.bytes(io.version), start, id.to_wire())
+            Self::send(&path, &cmd, packet.bytes(io.version), start, id.to_wire())
         };
         match sent {
             Ok(()) => {
@@ -504,7 +531,6 @@ impl Controller {
                 if let Err((cmd, early)) = io.table.commit(id, cmd) {
                     self.finish_early(cmd, early);
                 }
-                Ok(())
             }
             Err(e) => {
                 if let Some(early) = io.table.cancel(id) {
@@ -514,21 +540,17 @@ impl Controller {
                     return Err(Busy(cmd));
                 } else if e == EMSGSIZE || e == EINVAL {
                     cmd.complete(Outcome::failed(HostByte::ERROR));
-                } else if e == ETIMEDOUT {
-                    cmd.complete(Outcome::failed(HostByte::NO_CONNECT));
                 } else {
-                    // The channel is gone or damaged. There may be another one.
-                    self.paths.set_dead(index);
-                    let host = if index == 0 {
-                        HostByte::NO_CONNECT
-                    } else {
-                        HostByte::REQUEUE
-                    };
-                    cmd.complete(Outcome::failed(host));
+                    // The host has taken the channel back, or its ring is damaged, which this may be
+                    // the first to see.
+                    if !path.channel().is_rescinded() {
+                        self.damaged(&path);
+                    }
+                    cmd.complete(Outcome::failed(HostByte::REQUEUE));
                 }
-                Ok(())
             }
         }
+        Ok(())
     }
 }
 
@@ -537,6 +559,10 @@ impl WorkItem for Controller {
 
     fn run(this: Arc<Self>) {
         this.paths.close_dead();
+        if !this.restore() {
+            this.as_arc_borrow().maintain(|_| ());
+            return;
+        }
         let Some(host) = this.host.as_ref() else {
             return;
         };
@@ -575,8 +601,8 @@ impl scsi::Operations for Controller {
         self.timed_out(cmd.unique_tag())
     }
 
-    fn host_reset(&self) -> ResetOutcome {
-        self.reset()
+    fn host_reset(this: ArcBorrow<'_, Self>) -> ResetOutcome {
+        this.reset()
     }
 
     fn device_init(&self, dev: &mut DeviceConfig<'_>) -> Result {

@@ -19,16 +19,25 @@ use kernel::{
             Atomic,
             Relaxed, //
         },
+        rcu,
         Arc,
-        Mutex,
-        SetOnce, //
+        ArcBorrow,
+        Mutex, //
+    },
+    time::{
+        delay::fsleep,
+        Delta, //
     }, //
 };
 use vmbus::{
     Channel,
-    Event,
-    OpenChannel, //
+    OpenChannel,
+    RcuArc, //
 };
+
+/// Time between two looks at whether all channels have come.
+const STEP: Delta = Delta::from_millis(5);
+const STEP_MS: u32 = 5;
 
 /// A counter of what a channel did.
 struct Counter(Atomic<u64>);
@@ -47,11 +56,8 @@ impl Counter {
     }
 }
 
-/// An open channel.
-pub(crate) struct Path {
-    channel: Arc<Channel>,
-    /// It was rescinded or is damaged; never used again.
-    dead: Atomic<bool>,
+/// What was done over the channels that had one index.
+struct Counters {
     /// Commands sent.
     sent: Counter,
     /// Commands answered.
@@ -62,20 +68,23 @@ pub(crate) struct Path {
     unknown: Counter,
 }
 
+/// A channel that is open, or about to be.
+pub(crate) struct Path {
+    index: u16,
+    channel: Arc<Channel>,
+    /// It was rescinded or is damaged; never used again.
+    dead: Atomic<bool>,
+    counters: Arc<Counters>,
+}
+
 impl Path {
-    fn new(channel: Arc<Channel>) -> Self {
-        Self {
-            channel,
-            dead: Atomic::new(false),
-            sent: Counter::new(),
-            completed: Counter::new(),
-            busy: Counter::new(),
-            unknown: Counter::new(),
-        }
+    /// Index of the channel among those of the controller.
+    pub(crate) fn index(&self) -> u16 {
+        self.index
     }
 
     /// The channel.
-    pub(crate) fn channel(&self) -> &Channel {
+    pub(crate) fn channel(&self) -> &Arc<Channel> {
         &self.channel
     }
 
@@ -84,14 +93,54 @@ impl Path {
         self.dead.load(Relaxed)
     }
 
+    /// The channel was rescinded or is damaged. Says whether that is news.
+    pub(crate) fn set_dead(&self) -> bool {
+        !self.dead.xchg(true, Relaxed)
+    }
+
     /// Counts a command that was sent.
     pub(crate) fn count_sent(&self) {
-        self.sent.count();
+        self.counters.sent.count();
+    }
+
+    /// Counts a command that was answered.
+    pub(crate) fn count_completed(&self) {
+        self.counters.completed.count();
     }
 
     /// Counts a command that found the ring full.
     pub(crate) fn count_busy(&self) {
-        self.busy.count();
+        self.counters.busy.count();
+    }
+
+    /// Counts a packet that made no sense.
+    pub(crate) fn count_unknown(&self) {
+        self.counters.unknown.count();
+    }
+}
+
+/// Where a channel is, if it is there.
+struct Place {
+    path: RcuArc<Path>,
+    counters: Arc<Counters>,
+}
+
+impl Place {
+    fn new() -> Result<Self> {
+        let counters = Counters {
+            sent: Counter::new(),
+            completed: Counter::new(),
+            busy: Counter::new(),
+            unknown: Counter::new(),
+        };
+        Ok(Self {
+            path: RcuArc::empty(),
+            counters: Arc::new(counters, GFP_KERNEL)?,
+        })
+    }
+
+    fn usable<'a>(&'a self, guard: &'a rcu::Guard) -> Option<ArcBorrow<'a, Path>> {
+        self.path.get(guard).filter(|path| !path.is_dead())
     }
 }
 
@@ -99,13 +148,7 @@ impl Path {
 #[pin_data]
 pub(crate) struct Paths {
     primary: Arc<Channel>,
-    list: KVec<SetOnce<Path>>,
-    /// How many channels were opened.
-    opened: Atomic<u32>,
-    /// For how many of them somebody waits.
-    wanted: Atomic<u32>,
-    #[pin]
-    complete: Event,
+    places: KVec<Place>,
     /// What keeps the channels open.
     #[pin]
     open: Mutex<KVec<OpenChannel>>,
@@ -116,16 +159,13 @@ impl Paths {
     pub(crate) fn new(primary: Arc<Channel>, subchannels: u16) -> impl PinInit<Self, Error> {
         try_pin_init!(Self {
             primary,
-            list: {
-                let mut list = KVec::new();
+            places: {
+                let mut places = KVec::new();
                 for _ in 0..=subchannels {
-                    list.push(SetOnce::new(), GFP_KERNEL)?;
+                    places.push(Place::new()?, GFP_KERNEL)?;
                 }
-                list
+                places
             },
-            opened: Atomic::new(0),
-            wanted: Atomic::new(u32::MAX),
-            complete <- Event::new(),
             open <- new_mutex!(KVec::new(), "storvsc_open_channels"),
         })
     }
@@ -135,73 +175,75 @@ impl Paths {
         &self.primary
     }
 
-    fn path(&self, index: u16) -> Option<&Path> {
-        self.list.get(usize::from(index))?.as_ref()
+    /// Whether the host has taken the controller away.
+    pub(crate) fn is_gone(&self) -> bool {
+        self.primary.is_rescinded()
     }
 
-    fn usable(&self, index: u16) -> Option<(u16, &Path)> {
-        let path = self.path(index)?;
-        (!path.is_dead()).then_some((index, path))
+    /// Whether commands can go over the primary channel.
+    pub(crate) fn is_primary_usable(&self) -> bool {
+        let guard = rcu::read_lock();
+        let primary = self.places.first();
+        primary.is_some_and(|place| place.usable(&guard).is_some())
     }
 
-    /// Whether there is a place for a channel with this index.
-    pub(crate) fn has_place(&self, index: u16) -> bool {
-        self.list
-            .get(usize::from(index))
-            .is_some_and(|place| place.as_ref().is_none())
+    /// How many sub-channels there can be.
+    pub(crate) fn subchannels(&self) -> u16 {
+        u16::try_from(self.places.len().saturating_sub(1)).unwrap_or(u16::MAX)
     }
 
-    /// Adds an open channel.
+    /// A path for a channel that is going to be opened.
     ///
     /// # Errors
     ///
     /// `EINVAL` if there is no place for it, `ENOMEM`.
-    pub(crate) fn add(&self, index: u16, open: OpenChannel) -> Result {
-        let place = self.list.get(usize::from(index)).ok_or(EINVAL)?;
-        let channel = open.channel().clone();
-        self.open.lock().push(open, GFP_KERNEL)?;
-        if !place.populate(Path::new(channel)) {
-            return Err(EINVAL);
-        }
-        let opened = self.opened.fetch_add(1, Relaxed).saturating_add(1);
-        if opened >= self.wanted.load(Relaxed) {
-            self.complete.set();
-        }
-        Ok(())
+    pub(crate) fn path(&self, channel: &Arc<Channel>) -> Result<Arc<Path>> {
+        let index = channel.subchannel_index();
+        let place = self.places.get(usize::from(index)).ok_or(EINVAL)?;
+        let path = Path {
+            index,
+            channel: channel.clone(),
+            dead: Atomic::new(false),
+            counters: place.counters.clone(),
+        };
+        Ok(Arc::new(path, GFP_KERNEL)?)
     }
 
-    /// Says how many channels [`Paths::wait`] is to wait for. To be called before the last of them can
-    /// come.
-    pub(crate) fn expect(&self, count: u16) {
-        self.wanted.store(count.into(), Relaxed);
+    /// Adds a path whose channel is open.
+    ///
+    /// # Errors
+    ///
+    /// `EINVAL` if its place is taken, `ENOMEM`.
+    pub(crate) fn add(&self, path: Arc<Path>, open: OpenChannel) -> Result {
+        let place = self.places.get(usize::from(path.index)).ok_or(EINVAL)?;
+        let mut list = self.open.lock();
+        list.reserve(1, GFP_KERNEL)?;
+        place.path.fill(path).map_err(|_| EINVAL)?;
+        list.push_within_capacity(open).map_err(|_| ENOMEM)
     }
 
-    /// Waits until there are as many channels as are expected, at most `ms` milliseconds. Returns how
-    /// many there are.
-    pub(crate) fn wait(&self, ms: u32) -> u32 {
-        if self.opened.load(Relaxed) < self.wanted.load(Relaxed) {
-            self.complete.wait(ms);
+    /// Number of channels that can be used.
+    fn count(&self) -> u16 {
+        let guard = rcu::read_lock();
+        let usable = |place: &&Place| place.usable(&guard).is_some();
+        u16::try_from(self.places.iter().filter(usable).count()).unwrap_or(u16::MAX)
+    }
+
+    /// Waits until `wanted` channels can be used, at most `ms` milliseconds. Returns how many can.
+    /// Sleeps.
+    pub(crate) fn wait(&self, wanted: u16, ms: u32) -> u16 {
+        let mut left = ms;
+        loop {
+            let count = self.count();
+            if count >= wanted || left == 0 || self.is_gone() {
+                return count;
+            }
+            left = left.saturating_sub(STEP_MS);
+            fsleep(STEP);
         }
-        self.opened.load(Relaxed)
     }
 
-    /// A channel was rescinded or is damaged.
-    pub(crate) fn set_dead(&self, index: u16) {
-        if let Some(path) = self.path(index) {
-            path.dead.store(true, Relaxed);
-        }
-        if index == 0 {
-            // Nobody needs to wait for sub-channels.
-            self.complete.set();
-        }
-    }
-
-    /// Whether the primary channel has gone, and the controller with it.
-    pub(crate) fn is_gone(&self) -> bool {
-        self.usable(0).is_none()
-    }
-
-    /// Closes the sub-channels that were rescinded. Sleeps.
+    /// Closes the sub-channels that were rescinded, and frees their places. Sleeps.
     pub(crate) fn close_dead(&self) {
         loop {
             let dead = {
@@ -211,15 +253,27 @@ impl Paths {
                 });
                 place.and_then(|place| open.remove(place).ok())
             };
-            // Out of the lock.
-            if dead.is_none() {
+            let Some(dead) = dead else {
                 return;
+            };
+            let index = usize::from(dead.channel().subchannel_index());
+            if let Some(place) = self.places.get(index) {
+                drop(place.path.replace(None));
             }
+            // Out of the lock.
+            drop(dead);
         }
     }
 
-    /// Closes all channels, the primary one last. Sleeps.
+    /// Closes all channels, the primary one last. When it returns, the host has said that it has done
+    /// with what it was given, or has taken the channels away, or does not answer. Sleeps.
+    ///
+    /// Nobody may be about to add one.
     pub(crate) fn close_all(&self) {
+        // After this, nobody sends, and who was sending has finished.
+        for place in self.places.iter() {
+            drop(place.path.replace(None));
+        }
         loop {
             let last = self.open.lock().pop();
             // Out of the lock.
@@ -229,42 +283,35 @@ impl Paths {
         }
     }
 
-    /// The channel for a command of this hardware queue; `None` if the controller has gone.
-    pub(crate) fn select(&self, queue: u16) -> Option<(u16, &Path)> {
-        if self.is_gone() {
-            return None;
-        }
-        let own = self.usable(queue).or_else(|| self.usable(0))?;
+    /// The channel for a command of this hardware queue, for as long as the RCU read side is held;
+    /// `None` if there is none.
+    pub(crate) fn select<'a>(
+        &'a self,
+        guard: &'a rcu::Guard,
+        queue: u16,
+    ) -> Option<ArcBorrow<'a, Path>> {
+        let usable = |place: &'a Place| place.usable(guard);
+        let primary = usable(self.places.first()?)?;
+        let own = self.places.get(usize::from(queue)).and_then(usable);
+        let own = own.unwrap_or(primary);
         let percent = params::ring_low_water();
-        if self.list.len() == 1 || own.1.channel.has_send_room(percent) {
+        let has_room = |path: &ArcBorrow<'_, Path>| path.channel.has_send_room(percent);
+        if self.places.len() == 1 || has_room(&own) {
             return Some(own);
         }
-        // CAST: the list has at most 2^16 places.
-        let other = (0..self.list.len() as u16)
-            .filter_map(|index| self.usable(index))
-            .find(|(_, path)| path.channel.has_send_room(percent));
-        other.or(Some(own))
-    }
-
-    /// Counts a command that was answered on channel `index`.
-    pub(crate) fn count_completed(&self, index: u16) {
-        if let Some(path) = self.path(index) {
-            path.completed.count();
-        }
-    }
-
-    /// Counts a packet on channel `index` that made no sense.
-    pub(crate) fn count_unknown(&self, index: u16) {
-        if let Some(path) = self.path(index) {
-            path.unknown.count();
-        }
+        let mut others = self.places.iter().filter_map(usable);
+        others.find(has_room).or(Some(own))
     }
 
     /// Tells which queue each CPU uses.
     pub(crate) fn map_queues(&self, map: &mut QueueMap<'_>) {
         let node = QueueMap::node;
         let queues = map.queues();
-        let target = |queue: u16| Some(self.path(queue)?.channel.target_cpu());
+        let guard = rcu::read_lock();
+        let target = |queue: u16| {
+            let path = self.places.get(usize::from(queue))?.path.get(&guard)?;
+            Some(path.channel.target_cpu())
+        };
         // What a queue is not worth for a CPU: the less, the better. Among equals, the round robin
         // spreads the CPUs.
         let cost = |cpu: u32, queue: u16| match target(queue) {
@@ -286,19 +333,23 @@ impl Paths {
 
     /// Writes the counters, a line for each channel.
     pub(crate) fn write_counters(&self, f: &mut kernel::fmt::Formatter<'_>) -> kernel::fmt::Result {
-        for (index, place) in self.list.iter().enumerate() {
-            if let Some(path) = place.as_ref() {
-                writeln!(
-                    f,
-                    "channel {} cpu {} sent {} completed {} ring_full {} unknown {}",
-                    index,
-                    path.channel.target_cpu(),
-                    path.sent.get(),
-                    path.completed.get(),
-                    path.busy.get(),
-                    path.unknown.get(),
-                )?;
+        for (index, place) in self.places.iter().enumerate() {
+            let guard = rcu::read_lock();
+            let cpu = place.path.get(&guard).map(|path| path.channel.target_cpu());
+            drop(guard);
+            write!(f, "channel {} ", index)?;
+            match cpu {
+                Some(cpu) => write!(f, "cpu {} ", cpu)?,
+                None => write!(f, "closed ")?,
             }
+            writeln!(
+                f,
+                "sent {} completed {} ring_full {} unknown {}",
+                place.counters.sent.get(),
+                place.counters.completed.get(),
+                place.counters.busy.get(),
+                place.counters.unknown.get(),
+            )?;
         }
         Ok(())
     }

@@ -1,57 +1,60 @@
 // SPDX-License-Identifier: GPL-2.0
 
-//! Whether the host is there, as far as can be told from what it sends.
-//!
-//! A host that lets a reset wait and sends nothing else meanwhile counts as dead. It is not asked for
-//! anything then, or each command would have to wait for all the time that a host is given. Whatever it
-//! sends later shows that it is back.
+//! Whether a controller is attached to its host: whether its channels are open and agreed on.
 //!
 //! ```text
-//!               ask               give_up
-//!     PRESENT ------> QUESTIONED ---------> SILENT
-//!        ^                |                   |
-//!        +----- heard ----+------ heard ------+
+//!              damaged                failed
+//!     ATTACHED -------> REATTACHING ---------> AWAY
+//!      ^  ^  |               |                 |  ^
+//!      |  |  +---------------|-- given up -----|--+
+//!      |  +---- attached ----+                 |
+//!      +--------------- attached --------------+
 //! ```
 
 use kernel::sync::atomic::{
     Atomic,
+    Full,
     Relaxed, //
 };
 
-const PRESENT: u32 = 0;
-const QUESTIONED: u32 = 1;
-const SILENT: u32 = 2;
+const ATTACHED: u32 = 0;
+const REATTACHING: u32 = 1;
+const AWAY: u32 = 2;
 
-/// Whether a host is there.
+/// Whether a controller is attached to its host.
 ///
-/// One word tells everything, so that it does not matter in which order CPUs see other memory.
 pub(crate) struct Presence(Atomic<u32>);
 
 impl Presence {
-    /// A host that is there.
+    /// A controller that is not attached yet.
     pub(crate) const fn new() -> Self {
-        Self(Atomic::new(PRESENT))
+        Self(Atomic::new(AWAY))
     }
 
-    /// Something is asked that any living host answers.
-    pub(crate) fn ask(&self) {
-        // One that was silent stays so until it is heard.
-        let _ = self.0.cmpxchg(PRESENT, QUESTIONED, Relaxed);
+    /// Whether commands can go.
+    pub(crate) fn is_attached(&self) -> bool {
+        self.0.load(Relaxed) == ATTACHED
     }
 
-    /// The time to answer is over. The host is silent unless it was heard since [`Presence::ask`].
-    pub(crate) fn give_up(&self) {
-        let _ = self.0.cmpxchg(QUESTIONED, SILENT, Relaxed);
+    /// Whether it will be known soon if commands can go.
+    pub(crate) fn is_reattaching(&self) -> bool {
+        self.0.load(Relaxed) == REATTACHING
     }
 
-    /// The host has sent something. Says whether it had been silent.
-    pub(crate) fn heard(&self) -> bool {
-        // The usual case only reads, so that CPUs can share the word.
-        self.0.load(Relaxed) != PRESENT && self.0.xchg(PRESENT, Relaxed) == SILENT
+    /// Commands can go. What the caller reads later, it reads after this is seen.
+    pub(crate) fn set_attached(&self) {
+        self.0.xchg(ATTACHED, Full);
     }
 
-    /// Whether the host is silent.
-    pub(crate) fn is_silent(&self) -> bool {
-        self.0.load(Relaxed) == SILENT
+    /// A channel can be used no more, as the caller has noted: commands have to wait until the
+    /// controller was attached again.
+    pub(crate) fn lose(&self) {
+        // One that is away has no channels to lose.
+        let _ = self.0.cmpxchg(ATTACHED, REATTACHING, Full);
+    }
+
+    /// The host does not do what it must; commands fail.
+    pub(crate) fn set_away(&self) {
+        self.0.store(AWAY, Relaxed);
     }
 }

@@ -6,9 +6,10 @@
 //! the block layer. What goes over them is in `hv_proto::storage`: the handshake, the layout of requests
 //! and answers, and the judgement of answers. Here is what the kernel needs around it:
 //!
-//! * [`controller`]: commands on their way out and back, timeouts and resets, units that come and go;
+//! * [`controller`]: commands on their way out and back, units that come and go, how the controller is
+//!   attached to the host, timeouts and resets;
 //! * [`inflight`]: the commands that the host has;
-//! * [`paths`]: the channels, and which one a command takes; [`presence`]: whether the host is there;
+//! * [`paths`]: the channels, and which one a command takes; [`presence`]: whether they can be used;
 //! * [`control`]: the driver's own requests; [`luns`]: what waits to be done about units;
 //! * [`scsi`]: the abstraction of the kernel's SCSI host interface; `unsafe` code is only there and in
 //!   [`params`], the module parameters.
@@ -18,13 +19,14 @@
 //! What a user can rely on: every command that is given to this driver ends, once, with the host's
 //! answer or with an error. Time limits: a command has `request_timeout` seconds, `1 +
 //! timeout_extensions` times; then the controller is reset, for which the host has `host_timeout`
-//! seconds; then all commands fail, and later ones at once, until the host sends something again. A
+//! seconds; then the channels are closed, for which it has 30 seconds each; then all commands fail, and
+//! later ones at once, until the host shakes hands again, which it is asked for every few seconds. A
 //! controller that is rescinded fails them at once. Disks whose commands failed so are offline for the
-//! kernel; when the host is back, `echo running > /sys/block/sdX/device/state` brings them back.
+//! kernel; when the host is back, `echo running > /sys/block/sdX/device/state` brings them back. A ring
+//! that the host has damaged is opened anew; commands wait meanwhile, and are done again.
 //!
-//! What the driver cannot do: keep a host that was given up on from finishing an old read into memory
-//! that has another use by then. Whoever expects a host to be away for longer than the times above
-//! sets `timeout_extensions` higher.
+//! What the driver cannot do: keep a host that does not even answer the closing of a channel from
+//! finishing an old read into memory that has another use by then.
 //!
 //! Fibre Channel adapters are not supported.
 //!
@@ -56,17 +58,11 @@ use crate::{
 };
 use hv_proto::{
     packet::{
-        Packet,
         DESCRIPTOR_SIZE,
         TRAILER_SIZE, //
     },
     storage::{
-        ChannelProperties,
-        GuestConfig,
-        GuestHandshake,
-        GuestStep,
         Negotiated,
-        VstorPacket,
         PACKET_SIZE, //
     }, //
 };
@@ -81,25 +77,10 @@ use kernel::{
     sync::Arc, //
 };
 use vmbus::{
-    Channel,
     Device,
     DeviceId,
-    Handler,
-    OpenChannel,
-    OpenParams,
-    OwnedQueue,
-    ReadMode,
-    SubchannelHandler,
-    SubchannelRegistration, //
+    OwnedQueue, //
 };
-
-/// The largest packet that a host may send: a storage packet, and something for what later versions
-/// may append.
-const MAX_PACKET: usize = 256;
-
-/// How long the host may take to offer the sub-channels that it has granted, in milliseconds. Those
-/// that come later are used, too.
-const SUBCHANNEL_TIME: u32 = 10_000;
 
 /// Commands that one unit gets at a time, if the controller has so many places.
 const COMMANDS_PER_LUN: u16 = 2048;
@@ -150,86 +131,10 @@ impl Class {
     }
 }
 
-/// The driver's side of one channel.
-struct Port {
-    controller: Arc<Controller>,
-    index: u16,
-}
-
-impl Port {
-    /// Opens `channel` as number `index` of the controller.
-    fn open(controller: &Arc<Controller>, channel: &Arc<Channel>, index: u16) -> Result {
-        let bytes = params::ring_bytes();
-        // All zero; hosts want it to be there.
-        let user_data = [0; size_of::<ChannelProperties>()];
-        let port = Arc::new(
-            Port {
-                controller: controller.clone(),
-                index,
-            },
-            GFP_KERNEL,
-        )?;
-        let open: OpenChannel = channel.open(
-            &OpenParams {
-                send_bytes: bytes,
-                recv_bytes: bytes,
-                user_data: &user_data,
-                max_packet: MAX_PACKET,
-                mode: ReadMode::Batched,
-            },
-            port,
-        )?;
-        controller.paths().add(index, open)
-    }
-}
-
-impl Handler for Port {
-    fn on_packet(&self, _channel: &Channel, packet: &Packet<'_>) {
-        self.controller.as_arc_borrow().packet(self.index, packet);
-    }
-
-    fn on_rescind(&self, _channel: &Channel) {
-        self.controller.as_arc_borrow().path_is_dead(self.index);
-    }
-
-    fn on_error(&self, _channel: &Channel) {
-        dev_err!(
-            self.controller.dev(),
-            "the host has damaged the ring of channel {}\n",
-            self.index
-        );
-        self.controller.as_arc_borrow().path_is_dead(self.index);
-    }
-}
-
-/// Opens the sub-channels of a controller as they are offered.
-struct Subchannels(Arc<Controller>);
-
-impl SubchannelHandler for Subchannels {
-    fn on_subchannel(&self, channel: Arc<Channel>) {
-        let controller = &self.0;
-        let index = channel.subchannel_index();
-        let result = if controller.paths().has_place(index) {
-            Port::open(controller, &channel, index)
-        } else {
-            Err(EINVAL)
-        };
-        if let Err(e) = result {
-            dev_warn!(
-                controller.dev(),
-                "sub-channel {} is not used: {:?}\n",
-                index,
-                e
-            );
-        }
-    }
-}
-
 /// A controller that a driver is bound to. Dropping it gives up everything, in the order that is
 /// needed; it sleeps.
 struct Binding {
     controller: Arc<Controller>,
-    subchannels: Option<SubchannelRegistration>,
     registration: Option<scsi::Registration<Controller>>,
 }
 
@@ -251,31 +156,17 @@ impl Binding {
         // From here on, `drop` sees to what was begun.
         let mut this = Self {
             controller,
-            subchannels: None,
             registration: None,
         };
         let controller = &this.controller;
-        Port::open(controller, dev.channel(), 0)?;
-        let agreed = Self::shake_hands(controller, subchannels)?;
-        let limits = Self::limits(kind, &agreed, cpus);
-        controller.set_up(&agreed, &limits)?;
-
-        if agreed.sub_channels != 0 {
-            let wanted = u32::from(limits.queues);
-            controller.paths().expect(limits.queues);
-            let handler = Arc::new(Subchannels(controller.clone()), GFP_KERNEL)?;
-            this.subchannels = Some(dev.channel().set_subchannel_handler(handler)?);
-            let opened = controller.paths().wait(SUBCHANNEL_TIME);
-            if opened < wanted {
-                dev_warn!(normal, "only {} of {} channels came\n", opened, wanted);
-            }
-        }
-
+        let (agreed, limits) = controller.attach(|agreed| Self::limits(kind, agreed, cpus))?;
         let params = Self::host_params(kind, &agreed, &limits);
         let registration = scsi::Registration::new(bound, &params, controller.clone())?;
         let host = registration.host().clone();
         this.registration = Some(registration);
-        controller.start(host.clone(), OwnedQueue::ordered(c"storvsc")?);
+        controller
+            .as_arc_borrow()
+            .start(host.clone(), OwnedQueue::ordered(c"storvsc")?);
         dev_info!(
             normal,
             "host{}: storage protocol {}, {} hardware queues, {} bytes a transfer\n",
@@ -293,34 +184,6 @@ impl Binding {
             })?,
         }
         Ok(this)
-    }
-
-    /// The handshake, on the primary channel.
-    fn shake_hands(controller: &Controller, subchannels: u16) -> Result<Negotiated> {
-        let mut handshake = GuestHandshake::new(GuestConfig {
-            sub_channels: subchannels,
-            fibre_channel: false,
-        });
-        let mut packet: VstorPacket = handshake.start();
-        loop {
-            let reply = controller.control().execute(
-                controller.paths().primary(),
-                &packet,
-                params::host_timeout(),
-            )?;
-            match handshake.on_completion(reply.payload()) {
-                Ok(GuestStep::Send(next)) => packet = next,
-                Ok(GuestStep::Done(agreed)) => return Ok(agreed),
-                Err(e) => {
-                    dev_err!(
-                        controller.dev(),
-                        "handshake failed: {}\n",
-                        format_args!("{e}")
-                    );
-                    return Err(EIO);
-                }
-            }
-        }
     }
 
     fn limits(kind: Kind, agreed: &Negotiated, cpus: u32) -> Limits {
@@ -371,12 +234,11 @@ impl Binding {
 
 impl Drop for Binding {
     fn drop(&mut self) {
-        // No channel is added any more, and nobody looks at units.
-        self.subchannels = None;
+        // Nobody looks at units, or attaches the controller again.
         self.controller.stop();
         // The last commands go over the channels, or fail if there are none any more.
         self.registration = None;
-        self.controller.paths().close_all();
+        self.controller.detach();
     }
 }
 

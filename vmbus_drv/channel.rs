@@ -319,7 +319,7 @@ impl Channel {
     }
 
     /// Number of sub-channels that the host has offered and not taken back.
-    pub fn subchannel_count(&self) -> usize {
+    fn subchannel_count(&self) -> usize {
         self.subchannels.lock().list.len()
     }
 

@@ -252,15 +252,9 @@ impl Drop for Attachment {
         for queue in self.queues.iter() {
             queue.cancel_all(link);
         }
-        // The next attachment must not take them for its own.
-        let mut left = RETURN_MS;
-        while had_subchannels
-            && left != 0
-            && link.primary.subchannel_count() != 0
-            && !link.primary.is_rescinded()
-        {
-            left = left.saturating_sub(STEP_MS);
-            fsleep(STEP);
+        if had_subchannels {
+            // The next attachment must not take them for its own.
+            link.primary.wait_for_subchannels(RETURN_MS);
         }
     }
 }

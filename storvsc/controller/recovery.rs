@@ -1,9 +1,12 @@
 // SPDX-License-Identifier: GPL-2.0
 
-//! What a controller does when commands are not answered: it waits, resets, gives up.
+//! What a controller does when commands are not answered, or a ring is damaged: it waits, resets,
+//! gives up, and comes back.
 //!
 //! The kernel's error handler drives it: first each command's time runs out, then, when no other command
-//! is in flight any more, the handler takes them back and asks for a reset.
+//! is in flight any more, the handler takes them back and asks for a reset. If the host does not do even
+//! that, the channels are closed before the commands end, for it could write into their memory else. The
+//! maintenance attaches the controller again.
 
 use super::{
     Controller,
@@ -26,11 +29,18 @@ use hv_proto::storage::{
 };
 use kernel::{
     prelude::*,
+    sync::{
+        Arc,
+        ArcBorrow, //
+    },
     time::{
         delay::fsleep,
         Delta, //
     }, //
 };
+
+/// Time between two tries to attach to a host that does not answer, in milliseconds.
+const RETRY_TIME: u32 = 5_000;
 
 /// How long answers may be on their way after a reset, in milliseconds.
 const DRAIN_TIME: u32 = 5_000;
@@ -67,53 +77,107 @@ impl Controller {
         }
     }
 
-    /// Asks the host to reset the controller. Says whether it did.
-    fn ask_for_reset(&self) -> bool {
-        if self.paths.is_gone() {
-            return false;
-        }
+    /// Asks the host to reset the controller.
+    ///
+    /// # Errors
+    ///
+    /// `EIO` if it refuses, or that of the request.
+    fn ask_for_reset(&self) -> Result {
         dev_warn!(self.dev, "resetting the controller\n");
-        self.presence.ask();
         let packet = VstorPacket::request(Operation::RESET_BUS);
         let reply = self
             .control
-            .execute(self.paths.primary(), &packet, params::host_timeout());
-        match reply {
-            Ok(reply) => VstorPacket::parse(reply.payload(), PACKET_SIZE).is_ok_and(|answer| {
-                answer.operation == Operation::COMPLETE_IO && answer.status == Status::SUCCESS
-            }),
-            Err(e) => {
-                if e == ETIMEDOUT || e == EAGAIN {
-                    self.presence.give_up();
-                }
-                false
-            }
+            .execute(self.paths.primary(), &packet, params::host_timeout())?;
+        let answer = VstorPacket::parse(reply.payload(), PACKET_SIZE).map_err(|_| EIO)?;
+        if answer.operation == Operation::COMPLETE_IO && answer.status == Status::SUCCESS {
+            Ok(())
+        } else {
+            Err(EIO)
         }
     }
 
     /// Resets the controller, and ends all commands whether it can or not. Sleeps.
-    pub(super) fn reset(&self) -> ResetOutcome {
+    pub(super) fn reset(self: ArcBorrow<'_, Self>) -> ResetOutcome {
         let Some(io) = self.io.as_ref() else {
             return ResetOutcome::Failed;
         };
-        if self.ask_for_reset() {
-            // The host has ended all commands; the answers may be on their way still.
-            self.drain(io);
-            io.table.fail(None, HostByte::RESET);
-            return ResetOutcome::Done;
-        }
+        let mut attachment = self.attachment.lock();
+        let reason = if !self.presence.is_attached() {
+            "it is not attached to the host"
+        } else {
+            match self.ask_for_reset() {
+                Ok(()) => {
+                    // The host has ended all commands; the answers may be on their way still.
+                    self.drain(io);
+                    io.table.fail(None, HostByte::RESET);
+                    return ResetOutcome::Done;
+                }
+                Err(_) if self.paths.is_gone() => "the host has taken the controller away",
+                Err(e) if e == EIO => "the host refuses",
+                Err(_) => "the host does not answer, and commands fail until it does",
+            }
+        };
         dev_err!(
             self.dev,
             "no reset: {}; giving up on all commands\n",
-            if self.paths.is_gone() {
-                "the host has taken the controller away"
-            } else if self.presence.is_silent() {
-                "the host does not answer, and commands fail until it does"
-            } else {
-                "the host refuses"
-            }
+            reason
         );
+        self.presence.set_away();
+        self.detach_locked(&mut attachment);
+        // With the lock: new commands are not meant.
         io.table.fail(None, HostByte::NO_CONNECT);
+        drop(attachment);
+        self.maintain(|_| ());
         ResetOutcome::Failed
+    }
+
+    /// Attaches the controller again if it is not. Says whether there is nothing left to be done for
+    /// that; sleeps, for a while only.
+    pub(super) fn restore(self: &Arc<Self>) -> bool {
+        let Some(io) = self.io.as_ref() else {
+            return true;
+        };
+        if self.presence.is_attached() || self.paths.is_gone() {
+            return true;
+        }
+        // Commands wait for the first try, not for later ones.
+        let is_first = self.presence.is_reattaching();
+        if !is_first && self.stopping.wait(RETRY_TIME) {
+            return true;
+        }
+        let mut attachment = self.attachment.lock();
+        if self.presence.is_reattaching() {
+            self.detach_locked(&mut attachment);
+            io.table.fail(None, HostByte::REQUEUE);
+        }
+        match self.attach_again(&mut attachment) {
+            Ok(()) => {
+                drop(attachment);
+                if self.news.allows() {
+                    dev_info!(
+                        self.dev,
+                        "the host is back; disks that went offline stay so until their state is set\n"
+                    );
+                }
+                // Units may have come and gone unheard.
+                self.as_arc_borrow().maintain(|pending| {
+                    pending.check = true;
+                    pending.scan = true;
+                });
+                true
+            }
+            Err(error) => {
+                self.presence.set_away();
+                self.detach_locked(&mut attachment);
+                if is_first && self.news.allows() {
+                    dev_err!(
+                        self.dev,
+                        "cannot be attached again, and commands fail until it can: {:?}\n",
+                        error
+                    );
+                }
+                false
+            }
+        }
     }
 }

@@ -85,7 +85,7 @@ pub(crate) trait Operations: Sized + Send + Sync + 'static {
     /// this when commands timed out and nothing else comes in. May sleep.
     ///
     /// On return, whatever its result, the driver holds no command from before the call.
-    fn host_reset(&self) -> ResetOutcome;
+    fn host_reset(this: ArcBorrow<'_, Self>) -> ResetOutcome;
 
     /// A device is about to be scanned. May sleep.
     ///
@@ -463,7 +463,7 @@ impl<T: Operations> Callbacks<T> {
         // SAFETY: The command's device and host live. The private area lives as long as the host.
         let shared = unsafe { &*Self::shared((*(*cmd).device).host) };
         let owner = shared.owner.lock().clone();
-        let result = match owner.map(|this| this.host_reset()) {
+        let result = match owner.map(|this| T::host_reset(this.as_arc_borrow())) {
             Some(ResetOutcome::Done) => raw::scsi_disposition_SUCCESS,
             Some(ResetOutcome::Failed) | None => raw::scsi_disposition_FAILED,
         };

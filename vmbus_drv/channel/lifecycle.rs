@@ -23,8 +23,16 @@ use kernel::{
         },
         rcu,
         Arc, //
+    },
+    time::{
+        delay::fsleep,
+        Delta, //
     }, //
 };
+
+/// Time between two looks at something that will come to pass soon.
+const STEP: Delta = Delta::from_millis(5);
+const STEP_MS: u32 = 5;
 
 impl Channel {
     /// The host has rescinded the channel. Returns at once; the rest is done by work items.
@@ -232,6 +240,18 @@ impl Channel {
         };
         self.announce();
         Ok(registration)
+    }
+
+    /// Waits until the host has taken all sub-channels back, as it does when the primary channel is
+    /// closed; at most `ms` milliseconds, and not for a primary channel that is rescinded.
+    ///
+    /// Process context; sleeps.
+    pub fn wait_for_subchannels(&self, ms: u32) {
+        let mut left = ms;
+        while left != 0 && self.subchannel_count() != 0 && !self.is_rescinded() {
+            left = left.saturating_sub(STEP_MS);
+            fsleep(STEP);
+        }
     }
 
     /// Takes the channel out of the table if nobody has it open, and, if the host has rescinded it,

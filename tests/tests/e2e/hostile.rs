@@ -47,6 +47,7 @@ fn silence_is_survived(drivers: Drivers) -> Result<()> {
         lost_answer_is_recovered,
         reset_brings_stuck_commands_back,
         dead_host_fails_io_and_may_come_back,
+        commands_end_after_the_host_has_done_with_them,
         unbind_bind_and_rmmod_end_with_a_dead_host,
     );
     guest.check_log(&[NOT_ANSWERED, &["probe"]].concat())?;
@@ -109,21 +110,47 @@ fn driver_counter(guest: &Guest, name: &str) -> Result<u64> {
     Ok(sum)
 }
 
+/// How often the kernel's log says something.
+fn said(guest: &Guest, what: &str) -> Result<u32> {
+    Ok(guest
+        .sh(&format!("dmesg | grep -c '{what}'; true"))?
+        .parse()?)
+}
+
+/// Waits until the log says something more often than `before`.
+fn wait_to_say(guest: &Guest, what: &str, before: u32) -> Result<()> {
+    guest.wait_for(&format!("test $(dmesg | grep -c '{what}') -gt {before}"))?;
+    Ok(())
+}
+
+const GIVES_UP: &str = "giving up on all commands";
+const IS_BACK: &str = "the host is back";
+
+/// Brings the first disk back, and sees that both are whole.
+fn bring_back(guest: &Guest, images: &Images) -> Result<()> {
+    let first = guest.disk(0, 0)?;
+    guest.sh(&format!("echo running > /sys/block/{first}/device/state"))?;
+    check_disk(guest, images, 0, "first.raw")?;
+    check_disk(guest, images, SECOND, "second.raw")
+}
+
 fn dead_host_fails_io_and_may_come_back(guest: &Guest, images: &Images) -> Result<()> {
     let (first, second) = (guest.disk(0, 0)?, guest.disk(0, SECOND)?);
-    let unknown = driver_counter(guest, "unknown")?;
+    let (unknown, back) = (driver_counter(guest, "unknown")?, said(guest, IS_BACK)?);
     stall(guest, Stall::Everything)?;
-    // Not reads: a host that does them late puts the data into memory that has another owner by then.
-    let writers: Vec<_> = (0..4)
+    let users: Vec<_> = (0..4)
         .map(|n| {
-            guest.spawn(&format!(
-                "dd if=/dev/zero of=/dev/{first} bs=16k seek={n} count=1 oflag=direct"
-            ))
+            let rw = if n % 2 == 0 {
+                format!("if=/dev/{first} of=/dev/null skip={n} iflag=direct")
+            } else {
+                format!("if=/dev/zero of=/dev/{first} seek={n} oflag=direct")
+            };
+            guest.spawn(&format!("dd {rw} bs=16k count=1"))
         })
         .collect::<Result<_>>()?;
-    for writer in writers {
-        let output = writer.wait(COMMAND)?;
-        ensure!(output.status != 0, "a write succeeded: {output}");
+    for user in users {
+        let output = user.wait(COMMAND)?;
+        ensure!(output.status != 0, "I/O succeeded: {output}");
     }
     ensure!(
         guest.sh(&format!("cat /sys/block/{first}/device/state"))? == "offline",
@@ -138,21 +165,50 @@ fn dead_host_fails_io_and_may_come_back(guest: &Guest, images: &Images) -> Resul
         ensure!(output.status != 0, "I/O succeeded: {output}");
     }
 
-    // What the host does late is no answer to anything that the guest asks then.
-    let before = counters(guest)?;
-    ensure!(before.in_flight >= 4, "the host has nothing to do late");
+    // The host has nothing that it could do late, in memory that has another owner by then.
+    let now = counters(guest)?;
+    ensure!(now.in_flight == 0, "the host still has commands: {now:?}");
     stall(guest, Stall::Off)?;
-    guest.wait_for("dmesg | grep 'the host is back'")?;
-    guest.sh(&format!("echo running > /sys/block/{first}/device/state"))?;
-    check_disk(guest, images, 0, "first.raw")?;
-    check_disk(guest, images, SECOND, "second.raw")?;
-    let late = driver_counter(guest, "unknown")? - unknown;
+    wait_to_say(guest, IS_BACK, back)?;
+    bring_back(guest, images)?;
     ensure!(
-        late == before.in_flight as u64,
-        "{late} late answers, not {}",
-        before.in_flight
+        driver_counter(guest, "unknown")? == unknown,
+        "late answers came"
     );
+    // Sub-channels, too.
+    let now = counters(guest)?;
+    ensure!(now.channels == 2, "not all channels are back: {now:?}");
     Ok(())
+}
+
+fn commands_end_after_the_host_has_done_with_them(guest: &Guest, images: &Images) -> Result<()> {
+    let first = guest.disk(0, 0)?;
+    let (given_up, back) = (said(guest, GIVES_UP)?, said(guest, IS_BACK)?);
+    stall(guest, Stall::Running)?;
+    let readers: Vec<_> = (0..4)
+        .map(|n| {
+            guest.spawn(&format!(
+                "dd if=/dev/{first} of=/dev/null bs=16k skip={n} count=1 iflag=direct
+                 status=$?; touch /tmp/ended.{n}; exit $status"
+            ))
+        })
+        .collect::<Result<_>>()?;
+    wait_to_say(guest, GIVES_UP, given_up)?;
+    // The driver would end them now, if it did not wait for the host.
+    std::thread::sleep(Duration::from_secs(2));
+    let ended = guest.sh("ls /tmp/ended.* 2>/dev/null; true")?;
+    let now = counters(guest)?;
+    ensure!(
+        ended.is_empty() && now.running > 0,
+        "ended: {ended}, although the host is not done: {now:?}"
+    );
+    stall(guest, Stall::Off)?;
+    for reader in readers {
+        let output = reader.wait(COMMAND)?;
+        ensure!(output.status != 0, "a read succeeded: {output}");
+    }
+    wait_to_say(guest, IS_BACK, back)?;
+    bring_back(guest, images)
 }
 
 fn unbind_bind_and_rmmod_end_with_a_dead_host(guest: &Guest, images: &Images) -> Result<()> {

@@ -311,6 +311,7 @@ impl Inner {
     /// Executes commands until the end of the queue.
     fn work(&self) {
         while let Some(job) = self.queue.take() {
+            self.queue.wait_to_run();
             // A bug in here must not leave the guest without an answer, or a close waiting.
             let answer = catch_unwind(AssertUnwindSafe(|| self.execute(&job)));
             let answer = answer.unwrap_or_else(|_| {

@@ -20,6 +20,9 @@ pub enum Stall {
     Off,
     /// SCSI commands stay in the queue. Resets work, and abort them.
     Commands,
+    /// SCSI commands begin, but do not get on, as with a backing store that does not answer. Resets and
+    /// closes wait for them.
+    Running,
     /// Nothing is answered. What is not a SCSI command is lost.
     Everything,
 }
@@ -112,7 +115,8 @@ impl Queue {
         state.next_ticket += 1;
         state.queue.push_back(job);
         drop(state);
-        self.work.notify_one();
+        // All: one that waits to run would take a single call, and not heed it.
+        self.work.notify_all();
         Ok(())
     }
 
@@ -123,7 +127,7 @@ impl Queue {
             if state.ended {
                 return None;
             }
-            if state.stall == Stall::Off
+            if matches!(state.stall, Stall::Off | Stall::Running)
                 && let Some(job) = state.queue.pop_front()
             {
                 let running = Running {
@@ -138,6 +142,16 @@ impl Queue {
                 .wait(state)
                 .unwrap_or_else(PoisonError::into_inner);
         }
+    }
+
+    /// Waits until a command that was taken may get on.
+    pub fn wait_to_run(&self) {
+        let state = self.lock();
+        let guard = self
+            .work
+            .wait_while(state, |state| state.stall == Stall::Running && !state.ended)
+            .unwrap_or_else(PoisonError::into_inner);
+        drop(guard);
     }
 
     /// A command that was taken is finished and answered.

@@ -580,6 +580,34 @@ fn a_stalled_controller_can_be_reset() {
 }
 
 #[test]
+fn a_close_waits_for_a_command_that_runs() {
+    let mut rig = Rig::with_disk();
+    let mut channel = rig.open();
+    rig.storage.stall("scsi0", Stall::Running).expect("stall");
+    channel.send(10, command(unit(0), &TEST_UNIT_READY).as_bytes());
+    let deadline = Instant::now() + SOON;
+    while rig.controller().counters.running == 0 {
+        assert!(Instant::now() < deadline);
+        std::thread::sleep(NEVER);
+    }
+    // A reset waits, and so do the end of the channel and the answer to the taking back of its memory.
+    channel.send(20, VstorPacket::request(Operation::RESET_BUS).as_bytes());
+    assert!(channel.receive_within(NEVER).is_none());
+    rig.guest.post(&CloseChannel {
+        channel_id: channel.id,
+    });
+    std::thread::scope(|scope| {
+        let torn = scope.spawn(|| rig.guest.teardown_gpadl(channel.id, channel.gpadl));
+        std::thread::sleep(NEVER);
+        assert!(!torn.is_finished());
+        assert_eq!(rig.controller().counters.running, 1);
+        rig.storage.stall("scsi0", Stall::Off).expect("stall");
+        torn.join().expect("the memory comes back");
+    });
+    assert_eq!(rig.controller().counters.running, 0);
+}
+
+#[test]
 fn what_the_host_holds_is_bounded_and_a_close_drops_it() {
     let mut rig = Rig::with_disk();
     let mut channel = rig.open();
