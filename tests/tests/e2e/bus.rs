@@ -471,7 +471,7 @@ fn rescind_under_io_ends_it(drivers: Drivers) -> Result<()> {
 }
 
 fn hot_adds_a_controller(guest: &Guest, images: &Images) -> Result<()> {
-    for round in 0..3 {
+    for round in 0..5 {
         let path = images.random(&format!("new{round}.raw"), MIB, round + 10)?;
         let mut disk = DiskOptions::new(&path);
         disk.controller = 1;
@@ -485,8 +485,12 @@ fn hot_adds_a_controller(guest: &Guest, images: &Images) -> Result<()> {
         );
         // As an operator does it: first the disk, then its controller. (What a driver does when a
         // controller goes first is `rescind_under_io_ends_it`.)
-        guest.host().storage().remove_disk("new")?;
         let device = guest.controller("scsi1")?;
+        // A scan waits for one that runs: a command of that one, too, the C driver would wait for.
+        guest.sh(&format!(
+            "echo 0 0 63 > {device}/host*/scsi_host/host*/scan"
+        ))?;
+        guest.host().storage().remove_disk("new")?;
         // The block device goes first; the SCSI device when its driver has sent its last command,
         // for which the C driver would wait for ever if the controller went before.
         guest.wait_for(&format!(
