@@ -84,6 +84,7 @@ use kernel::{
     prelude::*,
     sync::{
         aref::ARef,
+        atomic::Atomic,
         rcu,
         Arc,
         ArcBorrow,
@@ -133,7 +134,9 @@ pub(crate) struct Controller {
     presence: Presence,
     #[pin]
     attachment: Mutex<Attachment>,
-    /// No maintenance is wanted any more.
+    /// Time until the next try to attach a controller that is not, in milliseconds.
+    patience: Atomic<u32>,
+    /// The host is about to go.
     #[pin]
     stopping: Event,
     host: SetOnce<Host<Controller>>,
@@ -144,15 +147,27 @@ pub(crate) struct Controller {
     news: Limit,
     #[pin]
     pending: SpinLockIrq<Pending>,
-    /// Where `work` runs; `None` before the host is registered, and when it is about to go.
+    /// Where units are looked after; `None` before the host is registered, and when it is about to go.
     #[pin]
     queue: SpinLockIrq<Option<OwnedQueue>>,
     #[pin]
-    work: Work<Controller>,
+    work: Work<Controller, UNITS>,
+    /// Where channels are looked after, which commands, also those about units, may be waiting for;
+    /// `None` when all are about to be closed.
+    #[pin]
+    rescue: SpinLockIrq<Option<OwnedQueue>>,
+    #[pin]
+    rescue_work: Work<Controller, CHANNELS>,
 }
 
+/// Work item: units that have come, changed or gone are looked after.
+const UNITS: u64 = 0;
+/// Work item: channels that have gone are closed, and the controller is attached again.
+const CHANNELS: u64 = 1;
+
 impl_has_work! {
-    impl HasWork<Self> for Controller { self.work }
+    impl HasWork<Self, 0> for Controller { self.work }
+    impl HasWork<Self, 1> for Controller { self.rescue_work }
 }
 
 /// Limits of a controller, for its registration with the SCSI mid-layer.
@@ -180,13 +195,19 @@ impl Controller {
                 io: SetOnce::new(),
                 presence: Presence::new(),
                 attachment <- new_mutex!(None, "storvsc_attachment"),
+                patience: Atomic::new(recovery::RETRY_TIME),
                 stopping <- Event::new(),
                 host: SetOnce::new(),
                 limit <- Limit::new(),
                 news <- Limit::new(),
                 pending <- new_spinlock_irq!(Pending::NONE, "storvsc_pending"),
                 queue <- new_spinlock_irq!(None, "storvsc_queue"),
-                work <- new_work!("storvsc_maintenance"),
+                work <- new_work!("storvsc_units"),
+                rescue <- new_spinlock_irq!(
+                    Some(OwnedQueue::rescue(c"storvsc_rescue")?),
+                    "storvsc_rescue"
+                ),
+                rescue_work <- new_work!("storvsc_channels"),
             }),
             GFP_KERNEL,
         )
@@ -198,14 +219,12 @@ impl Controller {
     }
 
     /// The host is registered: news of its units are acted on from now on.
-    pub(crate) fn start(self: ArcBorrow<'_, Self>, host: Host<Controller>, queue: OwnedQueue) {
+    pub(crate) fn start(&self, host: Host<Controller>, queue: OwnedQueue) {
         self.host.populate(host);
         *self.queue.lock() = Some(queue);
-        // A channel may have been lost since it was opened.
-        self.maintain(|_| ());
     }
 
-    /// Lets no more maintenance begin, and waits for what is going on. Sleeps.
+    /// Units are not looked after any more; waits until that has ended. Sleeps.
     pub(crate) fn stop(&self) {
         self.stopping.set();
         if !self.presence.is_attached() {
@@ -216,22 +235,27 @@ impl Controller {
         let _queue = self.queue.lock().take();
     }
 
-    /// The host has taken a channel back: ends all commands in flight on it, and with the primary
-    /// channel all that the controller does. Process context.
+    /// The host has taken a channel back: ends all commands in flight on it. With the primary channel
+    /// the others are closed, too. Process context.
     fn rescinded(self: ArcBorrow<'_, Self>, path: &Path) {
         path.set_dead();
         if path.index() == 0 {
             self.control.end();
         }
         if let Some(io) = self.io.as_ref() {
-            if path.index() == 0 {
-                io.table.fail(None, HostByte::NO_CONNECT);
-            } else {
-                // They can go over another channel.
-                io.table.fail(Some(path.index()), HostByte::REQUEUE);
-            }
+            io.table.fail(Some(path.index()), self.end_of(path));
         }
-        self.maintain(|_| ());
+        self.look_after_channels();
+    }
+
+    /// The end of commands on a channel that the host has taken back.
+    fn end_of(&self, path: &Path) -> HostByte {
+        if path.index() == 0 || self.paths.is_gone() {
+            HostByte::NO_CONNECT
+        } else {
+            // They can go over another channel.
+            HostByte::REQUEUE
+        }
     }
 
     /// A ring cannot be used any more. The host has the commands still: they end when the channels
@@ -248,7 +272,16 @@ impl Controller {
             self.control.end();
         }
         self.presence.lose();
-        self.maintain(|_| ());
+        self.look_after_channels();
+    }
+
+    /// Closes the sub-channels that the host has taken back. Sleeps.
+    fn close_rescinded(&self) {
+        self.paths.close_rescinded(|index| {
+            if let Some(io) = self.io.as_ref() {
+                io.table.fail(Some(index), HostByte::REQUEUE);
+            }
+        });
     }
 
     /// A packet has come. Softirq context.
@@ -399,13 +432,19 @@ impl Controller {
         if let Some(queue) = &*queue {
             note(&mut self.pending.lock());
             // It may be queued already; it sees the note then.
-            let _ = queue.enqueue(Arc::from(self));
+            let _ = queue.enqueue::<Arc<Self>, UNITS>(Arc::from(self));
         }
     }
 
-    /// Whether what is noted will be done.
-    fn is_maintained(&self) -> bool {
-        self.queue.lock().is_some()
+    /// Sees to it that channels that have gone are closed, and the controller is attached again. Any
+    /// context. Says whether it will be.
+    fn look_after_channels(self: ArcBorrow<'_, Self>) -> bool {
+        let queue = self.rescue.lock();
+        if let Some(queue) = &*queue {
+            // It may be queued already; it sees what is to be done then.
+            let _ = queue.enqueue::<Arc<Self>, CHANNELS>(Arc::from(self));
+        }
+        queue.is_some()
     }
 
     /// Does the tasks about single units.
@@ -509,7 +548,8 @@ impl Controller {
             None
         };
         let Some(path) = path else {
-            if self.presence.is_reattaching() && !self.paths.is_gone() && self.is_maintained() {
+            if self.presence.is_reattaching() && !self.paths.is_gone() && self.look_after_channels()
+            {
                 return Err(Busy(cmd));
             }
             cmd.complete(Outcome::failed(HostByte::NO_CONNECT));
@@ -520,7 +560,7 @@ impl Controller {
         };
         // The order matters: a channel that goes is marked first, and then its commands in the table
         // are ended. Either that sees this command there, or this sees the mark.
-        let sent = if path.is_dead() {
+        let sent = if path.is_dead() || self.paths.is_gone() {
             Err(ENODEV)
         } else {
             Self::send(&path, &cmd, packet.bytes(io.version), start, id.to_wire())
@@ -543,10 +583,14 @@ impl Controller {
                 } else {
                     // The host has taken the channel back, or its ring is damaged, which this may be
                     // the first to see.
-                    if !path.channel().is_rescinded() {
+                    let end = if path.channel().is_rescinded() || self.paths.is_gone() {
+                        path.set_dead();
+                        self.end_of(&path)
+                    } else {
                         self.damaged(&path);
-                    }
-                    cmd.complete(Outcome::failed(HostByte::REQUEUE));
+                        HostByte::REQUEUE
+                    };
+                    cmd.complete(Outcome::failed(end));
                 }
             }
         }
@@ -554,15 +598,21 @@ impl Controller {
     }
 }
 
-impl WorkItem for Controller {
+impl WorkItem<CHANNELS> for Controller {
     type Pointer = Arc<Self>;
 
     fn run(this: Arc<Self>) {
-        this.paths.close_dead();
+        this.close_rescinded();
         if !this.restore() {
-            this.as_arc_borrow().maintain(|_| ());
-            return;
+            this.as_arc_borrow().look_after_channels();
         }
+    }
+}
+
+impl WorkItem<UNITS> for Controller {
+    type Pointer = Arc<Self>;
+
+    fn run(this: Arc<Self>) {
         let Some(host) = this.host.as_ref() else {
             return;
         };

@@ -24,7 +24,7 @@ struct Window {
     messages: u32,
 }
 
-/// A limit on the messages of one controller: ten in five seconds.
+/// A limit on messages of one controller: ten in five seconds.
 #[pin_data]
 pub(crate) struct Limit {
     #[pin]

@@ -4,8 +4,8 @@
 //!
 //! Hardware queue n of the block layer belongs to channel n: the primary channel is 0, a sub-channel has
 //! the index that the host gave it. Each CPU uses the queue whose channel interrupts it, if there is
-//! one, else one of its NUMA node, else any, so that they are spread evenly. When a channel is not
-//! open, or has hardly any room, another one serves its queue.
+//! one when the host is registered, else one of its NUMA node, else any, so that they are spread evenly.
+//! When a channel is not open, or has hardly any room, another one serves its queue.
 
 use crate::{
     params,
@@ -235,7 +235,7 @@ impl Paths {
         let mut left = ms;
         loop {
             let count = self.count();
-            if count >= wanted || left == 0 || self.is_gone() {
+            if count >= wanted || left == 0 || !self.is_primary_usable() {
                 return count;
             }
             left = left.saturating_sub(STEP_MS);
@@ -243,8 +243,9 @@ impl Paths {
         }
     }
 
-    /// Closes the sub-channels that were rescinded, and frees their places. Sleeps.
-    pub(crate) fn close_dead(&self) {
+    /// Closes the sub-channels that were rescinded, calls `ended` with the index of each, and frees
+    /// their places. Sleeps.
+    pub(crate) fn close_rescinded(&self, mut ended: impl FnMut(u16)) {
         loop {
             let dead = {
                 let mut open = self.open.lock();
@@ -256,12 +257,14 @@ impl Paths {
             let Some(dead) = dead else {
                 return;
             };
-            let index = usize::from(dead.channel().subchannel_index());
-            if let Some(place) = self.places.get(index) {
-                drop(place.path.replace(None));
-            }
+            let index = dead.channel().subchannel_index();
             // Out of the lock.
             drop(dead);
+            // The next channel with this index does not come before the place is free.
+            ended(index);
+            if let Some(place) = self.places.get(usize::from(index)) {
+                drop(place.path.replace(None));
+            }
         }
     }
 

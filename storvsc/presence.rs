@@ -22,7 +22,6 @@ const REATTACHING: u32 = 1;
 const AWAY: u32 = 2;
 
 /// Whether a controller is attached to its host.
-///
 pub(crate) struct Presence(Atomic<u32>);
 
 impl Presence {

@@ -11,8 +11,8 @@
 //! * [`inflight`]: the commands that the host has;
 //! * [`paths`]: the channels, and which one a command takes; [`presence`]: whether they can be used;
 //! * [`control`]: the driver's own requests; [`luns`]: what waits to be done about units;
-//! * [`scsi`]: the abstraction of the kernel's SCSI host interface; `unsafe` code is only there and in
-//!   [`params`], the module parameters.
+//! * [`scsi`]: the abstraction of the kernel's SCSI host interface; `unsafe` code is only there, in
+//!   [`params`], the module parameters, and in [`noio`].
 //!
 //! It uses the crates `kernel`, `hv_proto` and `vmbus`; nothing uses it.
 //!
@@ -22,8 +22,8 @@
 //! seconds; then the channels are closed, for which it has 30 seconds each; then all commands fail, and
 //! later ones at once, until the host shakes hands again, which it is asked for every few seconds. A
 //! controller that is rescinded fails them at once. Disks whose commands failed so are offline for the
-//! kernel; when the host is back, `echo running > /sys/block/sdX/device/state` brings them back. A ring
-//! that the host has damaged is opened anew; commands wait meanwhile, and are done again.
+//! kernel; when the host is back, `echo running > /sys/block/sdX/device/state` brings them back. When the
+//! host has damaged a ring, the channels are opened anew, and commands wait meanwhile.
 //!
 //! What the driver cannot do: keep a host that does not even answer the closing of a channel from
 //! finishing an old read into memory that has another use by then.
@@ -40,6 +40,7 @@ mod controller;
 mod inflight;
 mod log;
 mod luns;
+mod noio;
 mod params;
 mod paths;
 mod presence;
@@ -164,9 +165,7 @@ impl Binding {
         let registration = scsi::Registration::new(bound, &params, controller.clone())?;
         let host = registration.host().clone();
         this.registration = Some(registration);
-        controller
-            .as_arc_borrow()
-            .start(host.clone(), OwnedQueue::ordered(c"storvsc")?);
+        controller.start(host.clone(), OwnedQueue::ordered(c"storvsc")?);
         dev_info!(
             normal,
             "host{}: storage protocol {}, {} hardware queues, {} bytes a transfer\n",
@@ -234,7 +233,7 @@ impl Binding {
 
 impl Drop for Binding {
     fn drop(&mut self) {
-        // Nobody looks at units, or attaches the controller again.
+        // Nobody looks at units.
         self.controller.stop();
         // The last commands go over the channels, or fail if there are none any more.
         self.registration = None;

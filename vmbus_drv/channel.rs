@@ -41,6 +41,7 @@ use crate::{
         ChannelsDirectory,
         Registration, //
     },
+    log::err_limited,
     memory::RingPair,
     rcu::RcuArc,
     request::Key,
@@ -125,6 +126,8 @@ pub struct Channel {
     /// The bus is being shut down and the device must go.
     leaving: Atomic<bool>,
     opened: RcuArc<Opened>,
+    /// How often the host has kept memory that it should have let go of.
+    lost: Atomic<u32>,
     stats: Stats,
     #[pin]
     control: Mutex<Control>,
@@ -217,6 +220,7 @@ impl Channel {
                 rescinded: Atomic::new(false),
                 leaving: Atomic::new(false),
                 opened: RcuArc::empty(),
+                lost: Atomic::new(0),
                 stats: Stats::new(),
                 control <- new_mutex!(Control { protocol, open: false }),
                 subchannels <- new_mutex!(Subchannels { list: KVec::new(), handler: None }),
@@ -265,6 +269,12 @@ impl Channel {
     /// Whether the channel is open.
     pub fn is_open(&self) -> bool {
         self.state() == State::Open as u32
+    }
+
+    /// How often the host has not let go of memory that it was given for the channel; each time the
+    /// memory is lost.
+    pub fn lost_memory(&self) -> u32 {
+        self.lost.load(Relaxed)
     }
 
     /// Counters of the channel.
@@ -433,7 +443,7 @@ impl Channel {
                 match protocol.open_result(&result).map_err(|_| EIO)? {
                     Outcome::Done => Ok(()),
                     Outcome::Refused(status) => {
-                        pr_err!(
+                        err_limited!(
                             "channel {}: host refuses to open it, status {:#x}\n",
                             self.id().get(),
                             status

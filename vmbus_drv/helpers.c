@@ -201,6 +201,11 @@ struct workqueue_struct *vmbus_helper_alloc_ordered_queue(const char *name)
 	return alloc_ordered_workqueue("%s", 0, name);
 }
 
+struct workqueue_struct *vmbus_helper_alloc_rescue_queue(const char *name)
+{
+	return alloc_ordered_workqueue("%s", WQ_MEM_RECLAIM, name);
+}
+
 struct workqueue_struct *vmbus_helper_alloc_unbound_queue(const char *name)
 {
 	return alloc_workqueue("%s", WQ_MEM_RECLAIM | WQ_UNBOUND, 0, name);

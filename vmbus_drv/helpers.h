@@ -57,6 +57,7 @@ void vmbus_helper_vunmap(void *address);
 unsigned long vmbus_helper_msecs_to_jiffies(u32 ms);
 void vmbus_helper_init_completion(struct completion *c);
 struct workqueue_struct *vmbus_helper_alloc_ordered_queue(const char *name);
+struct workqueue_struct *vmbus_helper_alloc_rescue_queue(const char *name);
 struct workqueue_struct *vmbus_helper_alloc_unbound_queue(const char *name);
 struct workqueue_struct *vmbus_helper_alloc_percpu_queue(const char *name);
 struct workqueue_struct *vmbus_helper_alloc_bh_queue(const char *name);

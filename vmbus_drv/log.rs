@@ -37,3 +37,13 @@ macro_rules! warn_limited {
     };
 }
 pub(crate) use warn_limited;
+
+/// As `pr_err!`, but not too often.
+macro_rules! err_limited {
+    ($($arg:tt)*) => {
+        if $crate::log::is_allowed() {
+            ::kernel::pr_err!($($arg)*);
+        }
+    };
+}
+pub(crate) use err_limited;

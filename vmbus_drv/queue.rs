@@ -44,6 +44,12 @@ impl OwnedQueue {
         Self::from_new(unsafe { raw::vmbus_helper_alloc_ordered_queue(name.as_char_ptr()) })
     }
 
+    /// As [`OwnedQueue::ordered`], for work that memory may be waiting for: it does not need any to run.
+    pub fn rescue(name: &'static CStr) -> Result<Self> {
+        // SAFETY: `name` is a C string.
+        Self::from_new(unsafe { raw::vmbus_helper_alloc_rescue_queue(name.as_char_ptr()) })
+    }
+
     /// A queue that runs work items side by side, on any CPU.
     pub fn unbound(name: &'static CStr) -> Result<Self> {
         // SAFETY: `name` is a C string.

@@ -107,13 +107,16 @@ struct Subchannels(Arc<Controller>);
 
 impl SubchannelHandler for Subchannels {
     fn on_subchannel(&self, channel: Arc<Channel>) {
-        if let Err(e) = Port::open(&self.0, &channel) {
-            dev_warn!(
+        // One that was there before may have the place still.
+        self.0.close_rescinded();
+        match Port::open(&self.0, &channel) {
+            Err(e) if self.0.limit.allows() => dev_warn!(
                 self.0.dev,
                 "sub-channel {} is not used: {:?}\n",
                 channel.subchannel_index(),
                 e
-            );
+            ),
+            _ => (),
         }
     }
 }
@@ -228,6 +231,9 @@ impl Controller {
 
     /// Detaches the controller for ever. Sleeps.
     pub(crate) fn detach(&self) {
+        let queue = self.rescue.lock().take();
+        // Out of the lock: this waits.
+        drop(queue);
         self.presence.set_away();
         self.detach_locked(&mut self.attachment.lock());
     }

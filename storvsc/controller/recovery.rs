@@ -5,14 +5,16 @@
 //!
 //! The kernel's error handler drives it: first each command's time runs out, then, when no other command
 //! is in flight any more, the handler takes them back and asks for a reset. If the host does not do even
-//! that, the channels are closed before the commands end, for it could write into their memory else. The
-//! maintenance attaches the controller again.
+//! that, the channels are closed before the commands end, for it could write into their memory else. A work
+//! item attaches the controller again.
 
 use super::{
+    attachment::Attachment,
     Controller,
     Io, //
 };
 use crate::{
+    noio::NoIo,
     params,
     scsi::{
         HostByte,
@@ -30,6 +32,7 @@ use hv_proto::storage::{
 use kernel::{
     prelude::*,
     sync::{
+        atomic::Relaxed,
         Arc,
         ArcBorrow, //
     },
@@ -40,7 +43,10 @@ use kernel::{
 };
 
 /// Time between two tries to attach to a host that does not answer, in milliseconds.
-const RETRY_TIME: u32 = 5_000;
+pub(super) const RETRY_TIME: u32 = 5_000;
+
+/// The same for a host that keeps the memory of each try: 256 KiB an hour are bearable.
+const MAX_RETRY_TIME: u32 = 60 * 60 * 1000;
 
 /// How long answers may be on their way after a reset, in milliseconds.
 const DRAIN_TIME: u32 = 5_000;
@@ -101,83 +107,119 @@ impl Controller {
         let Some(io) = self.io.as_ref() else {
             return ResetOutcome::Failed;
         };
+        let _noio = NoIo::begin();
         let mut attachment = self.attachment.lock();
-        let reason = if !self.presence.is_attached() {
-            "it is not attached to the host"
-        } else {
+        let reason = if self.presence.is_attached() {
             match self.ask_for_reset() {
                 Ok(()) => {
                     // The host has ended all commands; the answers may be on their way still.
                     self.drain(io);
-                    io.table.fail(None, HostByte::RESET);
-                    return ResetOutcome::Done;
+                    if io.table.count() == 0 {
+                        return ResetOutcome::Done;
+                    }
+                    // Either answers were lost, or it does not do what it says.
+                    self.presence.lose();
+                    "answers are missing"
                 }
-                Err(_) if self.paths.is_gone() => "the host has taken the controller away",
                 Err(e) if e == EIO => "the host refuses",
                 Err(_) => "the host does not answer, and commands fail until it does",
             }
+        } else {
+            "the controller is not attached to the host"
         };
+        if self.presence.is_reattaching() && Arc::from(self).heal(io, &mut attachment) {
+            return ResetOutcome::Done;
+        }
         dev_err!(
             self.dev,
             "no reset: {}; giving up on all commands\n",
-            reason
+            if self.paths.is_gone() {
+                "the host has taken the controller away"
+            } else {
+                reason
+            }
         );
-        self.presence.set_away();
-        self.detach_locked(&mut attachment);
-        // With the lock: new commands are not meant.
-        io.table.fail(None, HostByte::NO_CONNECT);
-        drop(attachment);
-        self.maintain(|_| ());
+        self.give_up(io, &mut attachment);
+        self.look_after_channels();
         ResetOutcome::Failed
     }
 
-    /// Attaches the controller again if it is not. Says whether there is nothing left to be done for
-    /// that; sleeps, for a while only.
+    /// Closes all channels, and fails all commands. Sleeps.
+    fn give_up(&self, io: &Io, attachment: &mut Attachment) {
+        self.presence.set_away();
+        self.detach_locked(attachment);
+        io.table.fail(None, HostByte::NO_CONNECT);
+    }
+
+    /// Opens all channels anew, for a controller whose commands wait for that. Those that the host has,
+    /// begin again if they may. Says whether the controller is attached; if not, nothing has become of
+    /// what is open. Sleeps.
+    fn heal(self: &Arc<Self>, io: &Io, attachment: &mut Attachment) -> bool {
+        self.detach_locked(attachment);
+        io.table.fail(None, HostByte::RESET);
+        let result = self.attach_again(attachment);
+        if self.news.allows() {
+            match &result {
+                Ok(()) => dev_info!(self.dev, "the channels were opened anew\n"),
+                Err(e) => dev_err!(self.dev, "the channels cannot be opened anew: {:?}\n", e),
+            }
+        }
+        result.is_ok()
+    }
+
+    /// Attaches the controller again if it is not. Says whether there is nothing left to be done;
+    /// sleeps, for a while only.
     pub(super) fn restore(self: &Arc<Self>) -> bool {
         let Some(io) = self.io.as_ref() else {
             return true;
         };
-        if self.presence.is_attached() || self.paths.is_gone() {
+        if self.paths.is_gone() {
+            self.give_up(io, &mut self.attachment.lock());
+            return true;
+        }
+        if self.presence.is_attached() {
             return true;
         }
         // Commands wait for the first try, not for later ones.
-        let is_first = self.presence.is_reattaching();
-        if !is_first && self.stopping.wait(RETRY_TIME) {
+        if !self.presence.is_reattaching() && self.stopping.wait(self.patience.load(Relaxed)) {
             return true;
         }
+        let _noio = NoIo::begin();
         let mut attachment = self.attachment.lock();
-        if self.presence.is_reattaching() {
-            self.detach_locked(&mut attachment);
-            io.table.fail(None, HostByte::REQUEUE);
-        }
-        match self.attach_again(&mut attachment) {
-            Ok(()) => {
-                drop(attachment);
-                if self.news.allows() {
-                    dev_info!(
-                        self.dev,
-                        "the host is back; disks that went offline stay so until their state is set\n"
-                    );
-                }
-                // Units may have come and gone unheard.
-                self.as_arc_borrow().maintain(|pending| {
-                    pending.check = true;
-                    pending.scan = true;
-                });
-                true
+        let lost = self.paths.primary().lost_memory();
+        let is_healed = if self.presence.is_attached() {
+            return true;
+        } else if self.presence.is_reattaching() {
+            self.heal(io, &mut attachment)
+        } else {
+            let is_back = self.attach_again(&mut attachment).is_ok();
+            if is_back && self.news.allows() {
+                dev_info!(
+                    self.dev,
+                    "the host is back; disks that went offline stay so until their state is set\n"
+                );
             }
-            Err(error) => {
-                self.presence.set_away();
-                self.detach_locked(&mut attachment);
-                if is_first && self.news.allows() {
-                    dev_err!(
-                        self.dev,
-                        "cannot be attached again, and commands fail until it can: {:?}\n",
-                        error
-                    );
-                }
-                false
-            }
+            is_back
+        };
+        if !is_healed {
+            self.give_up(io, &mut attachment);
         }
+        drop(attachment);
+        // Each try must not cost memory for ever.
+        let patience = if self.paths.primary().lost_memory() == lost {
+            RETRY_TIME
+        } else {
+            let longer = self.patience.load(Relaxed).saturating_mul(2);
+            longer.min(MAX_RETRY_TIME)
+        };
+        self.patience.store(patience, Relaxed);
+        if is_healed {
+            // Units may have come and gone unheard.
+            self.as_arc_borrow().maintain(|pending| {
+                pending.check = true;
+                pending.scan = true;
+            });
+        }
+        is_healed
     }
 }

@@ -46,7 +46,7 @@ pub(crate) enum TimeoutAction {
 pub(crate) enum ResetOutcome {
     /// The host is as new: no command from before the reset is in flight any more.
     Done,
-    /// The host does not answer; no command from before is in flight any more either.
+    /// The host did not do it; no command from before is in flight any more either.
     Failed,
 }
 

@@ -4,6 +4,7 @@
 
 use super::Channel;
 use crate::{
+    log::err_limited,
     memory::SharedBuffer,
     request::Key, //
 };
@@ -21,7 +22,10 @@ use hv_proto::{
 };
 use kernel::{
     prelude::*,
-    sync::Arc, //
+    sync::{
+        atomic::Relaxed,
+        Arc, //
+    }, //
 };
 
 /// Memory that the host knows by an id.
@@ -69,7 +73,7 @@ impl<T> GpadlHandle<T> {
                 match this.protocol.created(&created).map_err(|_| EIO)? {
                     Outcome::Done => Ok(this),
                     Outcome::Refused(status) => {
-                        pr_err!(
+                        err_limited!(
                             "channel {}: host refuses {} bytes of memory, status {:#x}\n",
                             channel.id().get(),
                             len,
@@ -124,7 +128,8 @@ impl<T> Drop for GpadlHandle<T> {
     fn drop(&mut self) {
         self.tear_down();
         if !self.protocol.may_free() {
-            pr_err!(
+            self.channel.lost.add(1, Relaxed);
+            err_limited!(
                 "channel {}: the host keeps memory, it is lost\n",
                 self.channel.id().get()
             );

@@ -387,6 +387,27 @@ fn media_error_has_its_sense(guest: &Guest, images: &Images) -> Result<()> {
 /// The CPUs of [`fio_verifies_on_several_cpus`], and as many channels.
 const CPUS: u32 = 4;
 
+/// A command that moves less data than there is room for: INQUIRY says how much it has.
+fn says_how_much_is_missing(guest: &Guest, disk: &str) -> Result<()> {
+    const ROOM: usize = 1024;
+    let text = guest.tool(&format!(
+        "sg_raw --request={ROOM} /dev/{disk} 12 00 00 04 00 00 2>&1"
+    ))?;
+    let word = |after: &str, number: usize| -> Result<&str> {
+        let rest = text.split_once(after).map(|(_, rest)| rest);
+        let word = rest.and_then(|rest| rest.split_whitespace().nth(number));
+        word.with_context(|| format!("sg_raw says something else:\n{text}"))
+    };
+    let came: usize = word("Received", 0)?.parse()?;
+    // The fifth byte: how many follow it. Before it are the offset and four bytes.
+    let holds = usize::from_str_radix(word("bytes of data:", 5)?, 16)? + 5;
+    ensure!(
+        came == holds && came < ROOM,
+        "of INQUIRY data of {holds} bytes came {came}"
+    );
+    Ok(())
+}
+
 fn fio_verifies_on_several_cpus(drivers: Drivers) -> Result<()> {
     let images = Images::new()?;
     let path = images.blank("data.raw", 256 * MIB)?;
@@ -396,6 +417,7 @@ fn fio_verifies_on_several_cpus(drivers: Drivers) -> Result<()> {
         .tools()
         .boot()?;
     let disk = guest.disk(0, 0)?;
+    says_how_much_is_missing(&guest, &disk)?;
     let channels = format!("{}/channels", guest.controller("scsi0")?);
     guest.wait_for(&format!("test $(ls {channels} | wc -l) = {CPUS}"))?;
     let interrupts = || {
