@@ -488,7 +488,7 @@ fn hot_adds_a_controller(guest: &Guest, images: &Images) -> Result<()> {
         let device = guest.controller("scsi1")?;
         // A scan waits for one that runs: a command of that one, too, the C driver would wait for.
         guest.sh(&format!(
-            "echo 0 0 63 > {device}/host*/scsi_host/host*/scan"
+            "echo 0 0 63 | tee {device}/host*/scsi_host/host*/scan"
         ))?;
         guest.host().storage().remove_disk("new")?;
         // The block device goes first; the SCSI device when its driver has sent its last command,
