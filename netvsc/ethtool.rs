@@ -5,7 +5,6 @@
 use crate::{
     adapter::Adapter,
     net::{
-        self,
         message_level_callbacks,
         Channels,
         EthtoolOperations,
@@ -82,11 +81,6 @@ fn queue_values(stats: &QueueStats) -> [u64; QUEUE.len()] {
         0,
         0,
     ]
-}
-
-/// The CPUs that are there.
-fn cpus() -> impl Iterator<Item = u32> {
-    (0..kernel::cpu::nr_cpu_ids()).filter(|&cpu| net::cpu_is_present(cpu))
 }
 
 impl Adapter {
@@ -207,10 +201,11 @@ impl EthtoolOperations for Adapter {
     }
 
     fn stat_count(&self, rtnl: &Rtnl) -> usize {
-        Events::NAMES.len()
-            + VF.len()
-            + QUEUE.len() * usize::from(self.queues(rtnl))
-            + CPU.len() * net::present_cpus() as usize
+        let queues = QUEUE.len().saturating_mul(self.queues(rtnl).into());
+        let cpus = CPU.len().saturating_mul(self.0.cpus.len());
+        (Events::NAMES.len() + VF.len())
+            .saturating_add(queues)
+            .saturating_add(cpus)
     }
 
     fn stat_names(&self, rtnl: &Rtnl, names: &mut Strings<'_>) {
@@ -222,7 +217,7 @@ impl EthtoolOperations for Adapter {
                 names.push(fmt!("{}_queue_{}_{}", direction, index, name));
             }
         }
-        for cpu in cpus() {
+        for cpu in &self.0.cpus {
             for name in CPU {
                 names.push(fmt!("cpu{}_{}", cpu, name));
             }
@@ -234,7 +229,8 @@ impl EthtoolOperations for Adapter {
         let queues = (0..self.queues(rtnl))
             .filter_map(|index| stats.queue(index))
             .flat_map(queue_values);
-        let cpus = cpus().flat_map(|cpu| self.cpu_values(rtnl, cpu));
+        let cpus = self.0.cpus.iter();
+        let cpus = cpus.flat_map(|&cpu| self.cpu_values(rtnl, cpu));
         let adapter = Iterator::chain(stats.events.values(), [0; VF.len()]);
         let all = Iterator::chain(adapter, Iterator::chain(queues, cpus));
         for (to, from) in values.iter_mut().zip(all) {
@@ -250,9 +246,11 @@ impl EthtoolOperations for Adapter {
         self.0.set_link_settings(settings);
     }
 
-    fn table_size(&self, _rtnl: &Rtnl) -> u32 {
+    fn table_size(&self, rtnl: &Rtnl) -> u32 {
         // CAST: at most 256.
-        self.0.rss.lock().size as u32
+        self.0
+            .attached(rtnl)
+            .map_or(0, |_| self.0.rss.lock().size as u32)
     }
 
     fn rx_hash(&self, _rtnl: &Rtnl, hash: RxHash<'_>) -> Result {

@@ -110,6 +110,11 @@ u32 netvsc_helper_real_tx_queues(const struct net_device *dev)
 	return READ_ONCE(dev->real_num_tx_queues);
 }
 
+u32 netvsc_helper_real_rx_queues(const struct net_device *dev)
+{
+	return READ_ONCE(dev->real_num_rx_queues);
+}
+
 u64 netvsc_helper_features(const struct net_device *dev)
 {
 	return READ_ONCE(dev->features);
@@ -311,6 +316,16 @@ void netvsc_helper_skb_free(struct sk_buff *skb)
 	dev_kfree_skb_any(skb);
 }
 
+void netvsc_helper_skb_orphan(struct sk_buff *skb)
+{
+	skb_orphan(skb);
+}
+
+bool netvsc_helper_skb_is_tso6(const struct sk_buff *skb)
+{
+	return skb_shinfo(skb)->gso_type & SKB_GSO_TCPV6;
+}
+
 void netvsc_helper_skb_consume(struct sk_buff *skb)
 {
 	dev_consume_skb_any(skb);
@@ -436,11 +451,6 @@ bool netvsc_helper_skb_is_multicast(const struct sk_buff *skb)
 u32 netvsc_helper_online_cpus(void)
 {
 	return num_online_cpus();
-}
-
-u32 netvsc_helper_present_cpus(void)
-{
-	return num_present_cpus();
 }
 
 bool netvsc_helper_cpu_present(u32 cpu)

@@ -32,6 +32,7 @@ void netvsc_helper_set_address(struct net_device *dev, const u8 *address);
 u32 netvsc_helper_flags(const struct net_device *dev);
 bool netvsc_helper_has_alias(const struct net_device *dev);
 u32 netvsc_helper_real_tx_queues(const struct net_device *dev);
+u32 netvsc_helper_real_rx_queues(const struct net_device *dev);
 u64 netvsc_helper_features(const struct net_device *dev);
 void netvsc_helper_set_features(struct net_device *dev, u64 features);
 u64 netvsc_helper_hw_features(const struct net_device *dev);
@@ -76,6 +77,8 @@ int netvsc_helper_skb_hoist_vlan(struct sk_buff *skb);
 u32 netvsc_helper_skb_hash_raw(const struct sk_buff *skb);
 void netvsc_helper_skb_timestamp(struct sk_buff *skb);
 void netvsc_helper_skb_free(struct sk_buff *skb);
+void netvsc_helper_skb_orphan(struct sk_buff *skb);
+bool netvsc_helper_skb_is_tso6(const struct sk_buff *skb);
 void netvsc_helper_skb_consume(struct sk_buff *skb);
 
 /* The choice of a transmit queue */
@@ -99,7 +102,6 @@ bool netvsc_helper_skb_is_multicast(const struct sk_buff *skb);
 
 /* System */
 u32 netvsc_helper_online_cpus(void);
-u32 netvsc_helper_present_cpus(void);
 bool netvsc_helper_cpu_present(u32 cpu);
 u32 netvsc_helper_default_rss_queues(void);
 u32 netvsc_helper_msg_init(int debug);

@@ -211,8 +211,8 @@ impl Link {
         self.control.end();
     }
 
-    /// The host tells something by itself. Returns whether that is well.
-    pub(crate) fn event(&self, event: Event<'_>) -> bool {
+    /// The host tells something by itself.
+    pub(crate) fn event(&self, event: Event<'_>) {
         match event {
             Event::LinkUp => self.nic.link_change(Change::Up),
             Event::LinkDown => self.nic.link_change(Change::Down),
@@ -225,7 +225,6 @@ impl Link {
                 let _ = self.answer_keepalive(message.as_bytes());
             }
         }
-        true
     }
 
     fn answer_keepalive(&self, message: &[u8]) -> Result {

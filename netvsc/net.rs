@@ -60,7 +60,6 @@ pub(crate) use self::{
         default_rss_queues,
         may_log,
         online_cpus,
-        present_cpus,
         BhDisabled, //
     }, //
 };

@@ -130,8 +130,8 @@ pub(crate) struct Nic {
     /// The adapter goes.
     #[pin]
     leaving: Event,
-    /// The adapter is gone for good, though the device may still be there.
-    is_leaving: Atomic<bool>,
+    /// CPUs that were there at first, for which there are statistics.
+    pub(crate) cpus: KVec<u32>,
 }
 
 impl_has_work! {
@@ -146,6 +146,10 @@ impl Nic {
         primary: Arc<Channel>,
     ) -> Result<Arc<Self>> {
         let stats = Stats::new(netdev.max_queues())?;
+        let mut cpus = KVec::new();
+        for cpu in (0..kernel::cpu::nr_cpu_ids()).filter(|&cpu| net::cpu_is_present(cpu)) {
+            cpus.push(cpu, GFP_KERNEL)?;
+        }
         let config = Config {
             mtu: DEFAULT_MTU,
             channels: net::default_rss_queues().max(DEFAULT_CHANNELS),
@@ -178,7 +182,7 @@ impl Nic {
                 changes <- new_spinlock_irq!(Changes::none(), "netvsc_link"),
                 link_work <- new_work!("netvsc_link"),
                 leaving <- Event::new(),
-                is_leaving: Atomic::new(false),
+                cpus,
             }),
             GFP_KERNEL,
         )
@@ -302,13 +306,14 @@ impl Nic {
     /// Those of [`Session::new`]; `EINVAL` if the host does not take frames as long as the MTU. If there
     /// is no attachment afterwards, [`Nic::open`] makes one.
     pub(crate) fn reconfigure(self: &Arc<Self>, rtnl: &Rtnl, new: Config) -> Result {
-        if self.is_leaving.load(Relaxed) {
+        if self.leaving.wait(0) {
             return Err(ENODEV);
         }
         let old = self.config();
         self.detach(rtnl);
         let result = self.attach(rtnl, &new).and_then(|()| {
-            if self.netdev.mtu() == new.mtu {
+            // One that the host has lowered is no matter of other settings.
+            if new.mtu == old.mtu || self.netdev.mtu() == new.mtu {
                 return Ok(());
             }
             dev_warn!(
@@ -319,7 +324,10 @@ impl Nic {
             Err(EINVAL)
         });
         match &result {
-            Ok(()) => *self.config.lock() = new,
+            Ok(()) => {
+                let mtu = self.netdev.mtu();
+                *self.config.lock() = Config { mtu, ..new };
+            }
             Err(error) => {
                 dev_warn!(self.dev, "new settings do not work: {:?}\n", error);
                 self.detach(rtnl);
@@ -372,18 +380,18 @@ impl Nic {
     /// Those of [`Session::new`].
     pub(crate) fn open(self: &Arc<Self>, rtnl: &Rtnl) -> Result {
         self.netdev.carrier_off(rtnl);
-        if self.is_leaving.load(Relaxed) {
+        if self.leaving.wait(0) {
             return Err(ENODEV);
         }
-        match self.attached(rtnl) {
-            Ok(session) if !session.link().is_dead() => self.bring_up(rtnl),
-            _ => {
-                self.detach(rtnl);
-                let result = self.attach(rtnl, &self.config());
-                self.netdev.attach(rtnl);
-                result
-            }
+        let session = self.attached(rtnl);
+        // It must not be held on to when it is detached.
+        if session.is_ok_and(|session| !session.link().is_dead()) {
+            return self.bring_up(rtnl);
         }
+        self.detach(rtnl);
+        let result = self.attach(rtnl, &self.config());
+        self.netdev.attach(rtnl);
+        result
     }
 
     /// The device is brought down.

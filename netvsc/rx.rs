@@ -218,7 +218,7 @@ impl Receive {
                 skb.set_vlan(vlan.tci());
             }
             // A sub-channel that came late has no queue.
-            if u32::from(index) < netdev.tx_queues() {
+            if u32::from(index) < netdev.rx_queues() {
                 skb.set_queue(index);
             }
             Ok(skb)
@@ -251,7 +251,10 @@ impl Receive {
         };
         match link.control.receive(bytes) {
             Ok(None) => true,
-            Ok(Some(event)) => link.event(event),
+            Ok(Some(event)) => {
+                link.event(event);
+                true
+            }
             Err(error) => {
                 link.nic.invalid(fmt!("{}\n", Show(error)));
                 false

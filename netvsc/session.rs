@@ -2,7 +2,8 @@
 
 //! One attachment to the host, as the rest of the driver uses it.
 //!
-//! Every wait has a time limit, and ends at once when the host takes the adapter away.
+//! Every wait has a time limit. A wait for an answer of the adapter ends at once when the host takes it
+//! away; one for the bus, when the host takes away the channel that it is about.
 
 mod attachment;
 mod ports;
@@ -71,9 +72,9 @@ pub(crate) struct Session {
     count: u16,
     /// Most channels that host and guest can use.
     max_channels: u32,
-    /// Which frames the host is to send.
+    /// Which frames the host sends; `None` if that is not known.
     #[pin]
-    filter: Mutex<PacketFilter>,
+    filter: Mutex<Option<PacketFilter>>,
 }
 
 impl Session {
@@ -105,7 +106,7 @@ impl Session {
                 attachment,
                 count,
                 max_channels,
-                filter <- new_mutex!(PacketFilter::empty(), "netvsc_filter"),
+                filter <- new_mutex!(Some(PacketFilter::empty()), "netvsc_filter"),
             }),
             GFP_KERNEL,
         )?;
@@ -169,11 +170,13 @@ impl Session {
     /// Those of a request.
     pub(crate) fn set_filter(&self, filter: PacketFilter) -> Result {
         let mut now = self.filter.lock();
-        if *now != filter {
+        if *now != Some(filter) {
+            // A request that is not answered may be heard later.
+            *now = None;
             let value = filter.bits().to_le_bytes();
             self.attachment
                 .set(Oid::GEN_CURRENT_PACKET_FILTER, &value)?;
-            *now = filter;
+            *now = Some(filter);
         }
         Ok(())
     }

@@ -268,9 +268,10 @@ impl Queue {
         link.nic.stats.tx_dropped.add(sent.packets.into());
     }
 
-    /// Gives up everything that waits to be sent, and that the host has. Only when it cannot reach it any
-    /// more: the channel is closed. Nothing can be sent afterwards. Process context.
-    pub(crate) fn cancel_all(&self, link: &Link) {
+    /// Gives up everything that waits to be sent, and that the host has: the channel is closed. Nothing
+    /// can be sent afterwards. What the host may still reach is never freed, unless `let_go` says that
+    /// it cannot. Process context.
+    pub(crate) fn cancel_all(&self, link: &Link, let_go: bool) {
         let sender = {
             let _softirqs = net::BhDisabled::new();
             self.sender.lock().take()
@@ -278,11 +279,19 @@ impl Queue {
         if let Some(sent) = sender.and_then(|sender| sender.pending) {
             Self::lose(link, sent);
         }
-        self.slots.cancel_all(|_, request| {
-            if let Request::Data(sent) = request {
-                Self::lose(link, sent);
+        self.slots.cancel_all(|_, request| match request {
+            Request::Data(sent) => {
                 self.end_send();
+                // What is in a section is a copy.
+                if let_go || sent.section.is_some() {
+                    Self::lose(link, sent);
+                } else {
+                    link.nic.stats.tx_dropped.add(sent.packets.into());
+                    sent.skb.leak();
+                }
             }
+            Request::Control(message) if !let_go => core::mem::forget(message),
+            Request::Control(_) | Request::Nvsp(_) => {}
         });
     }
 
@@ -398,9 +407,9 @@ impl Queue {
                 }
             }
             Err((error, request)) => {
-                self.end_send();
                 let skb = match request {
                     Some(Request::Data(Sent { skb, section, .. })) => {
+                        self.end_send();
                         if let Some(section) = section {
                             buffers.sections.give(section);
                         }

@@ -368,7 +368,13 @@ impl NetDevice {
         to_result(unsafe { raw::netif_set_real_num_rx_queues(self.as_raw(), count.into()) })
     }
 
-    /// Number of queues in each direction that there are now.
+    /// Number of receive queues that there are now.
+    pub(crate) fn rx_queues(&self) -> u32 {
+        // SAFETY: The device is valid.
+        unsafe { raw::netvsc_helper_real_rx_queues(self.as_raw()) }
+    }
+
+    /// Number of transmit queues that there are now.
     pub(crate) fn tx_queues(&self) -> u32 {
         // SAFETY: The device is valid.
         unsafe { raw::netvsc_helper_real_tx_queues(self.as_raw()) }

@@ -438,7 +438,9 @@ impl<T: Operations> Callbacks<T> {
     extern "C" fn get_rx_ring_count(dev: *mut bindings::net_device) -> u32 {
         // SAFETY: The stack calls this for a registered device, with the lock held.
         let (this, rtnl) = unsafe { Self::of(dev) };
-        this.channels(&rtnl).map_or(0, |channels| channels.count)
+        // The core divides by it.
+        this.channels(&rtnl)
+            .map_or(1, |channels| channels.count.max(1))
     }
 
     extern "C" fn get_rxfh_key_size(_dev: *mut bindings::net_device) -> u32 {

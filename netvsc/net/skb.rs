@@ -24,6 +24,7 @@ use kernel::{
 const ETH_P_IP: u16 = 0x0800;
 const ETH_P_IPV6: u16 = 0x86dd;
 const ETH_P_8021Q: u16 = 0x8100;
+const ETH_P_8021AD: u16 = 0x88a8;
 
 /// IP protocol numbers.
 const IPPROTO_TCP: u8 = 6;
@@ -100,8 +101,12 @@ impl Piece<'_> {
     }
 }
 
+const fn frags<const N: usize>(_: fn(&raw_info) -> &[bindings::skb_frag_t; N]) -> usize {
+    N
+}
+
 /// Most pieces of a packet: the linear part, and the fragments.
-pub(crate) const MAX_PIECES: usize = 18;
+pub(crate) const MAX_PIECES: usize = 1 + frags(|info| &info.frags);
 
 /// A packet to be sent. Dropping it counts as losing it.
 ///
@@ -109,6 +114,9 @@ pub(crate) const MAX_PIECES: usize = 18;
 ///
 /// The pointer is to a valid packet that belongs to this value.
 pub(crate) struct TxSkb(NonNull<raw_skb>);
+
+#[expect(non_camel_case_types, reason = "short for the C type")]
+type raw_info = bindings::skb_shared_info;
 
 #[expect(non_camel_case_types, reason = "short for the C type")]
 type raw_skb = bindings::sk_buff;
@@ -250,6 +258,18 @@ impl TxSkb {
         unsafe { raw::netvsc_helper_skb_protocol(self.as_raw()) }
     }
 
+    /// Whether the frame has a tag of a VLAN in it.
+    pub(crate) fn has_inline_tag(&self) -> bool {
+        matches!(self.protocol(), ETH_P_8021Q | ETH_P_8021AD)
+    }
+
+    /// Gives the packet up without freeing its memory, which somebody may be reading still. Its sender
+    /// does not have to wait for it.
+    pub(crate) fn leak(self) {
+        // SAFETY: By the type invariants the packet is valid and ours.
+        unsafe { raw::netvsc_helper_skb_orphan(self.into_raw()) };
+    }
+
     /// Whether the device is to cut the packet into segments.
     pub(crate) fn is_gso(&self) -> bool {
         // SAFETY: By the type invariants the packet is valid.
@@ -265,7 +285,8 @@ impl TxSkb {
     /// Prepares the headers of a packet that the device is to cut into TCP segments: no lengths, and a
     /// checksum of the pseudo header without one. Says whether it is IPv6.
     pub(crate) fn prepare_tso(&mut self) -> bool {
-        let v6 = self.protocol() != ETH_P_IP;
+        // SAFETY: By the type invariants the packet is valid.
+        let v6 = unsafe { raw::netvsc_helper_skb_is_tso6(self.as_raw()) };
         // SAFETY: The packet is valid and ours, its headers may be changed (`make_headroom()`), and the
         // stack marks as GSO only packets with the headers of TCP in the linear part.
         unsafe {

@@ -11,12 +11,6 @@ pub(crate) fn online_cpus() -> u32 {
     unsafe { raw::netvsc_helper_online_cpus() }.max(1)
 }
 
-/// Number of CPUs that are there.
-pub(crate) fn present_cpus() -> u32 {
-    // SAFETY: The function can always be called.
-    unsafe { raw::netvsc_helper_present_cpus() }
-}
-
 /// Whether a CPU is there; not if there can be none of this number.
 pub(crate) fn cpu_is_present(cpu: u32) -> bool {
     // SAFETY: The function is fine with any number.

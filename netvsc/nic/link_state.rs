@@ -60,7 +60,6 @@ impl Nic {
 
     /// Changes of the link are not worked on any more. Sleeps.
     pub(crate) fn leave(&self) {
-        self.is_leaving.store(true, Relaxed);
         self.leaving.set();
         // Dropping the queue waits, so that it is done out of the lock.
         let _queue = self.changes.lock().queue.take();

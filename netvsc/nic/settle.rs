@@ -16,10 +16,8 @@ use crate::{
     }, //
 };
 use hv_proto::net::{
+    features::Offloads,
     offload::{
-        ChecksumSetting,
-        Ipv4Checksums,
-        Ipv6Checksums,
         Parameters,
         Setting, //
     },
@@ -106,47 +104,33 @@ impl Nic {
         let mut checksums = 0;
         let mut max_tso = MAX_TSO_SIZE;
         if let Some(can) = &facts.offloads {
-            const ON: ChecksumSetting = ChecksumSetting::ENABLED;
-            let mut wanted = Parameters::unchanged(version);
-            // The stack computes it anyway.
-            wanted.ipv4_checksum = ChecksumSetting::DISABLED;
-            let tcp4 = Ipv4Checksums::TCP | Ipv4Checksums::TCP_OPTIONS;
-            if can.ipv4_send().contains(tcp4) {
-                features |= Features::IP_CSUM;
-                checksums |= bit(Transport::Tcp4);
-                wanted.tcp_ipv4_checksum = ON;
-                if let Some(max) = can.ipv4_lso().filter(|&max| max >= MIN_TSO_SIZE) {
-                    features |= Features::TSO;
-                    wanted.lso_v2_ipv4 = Setting::ENABLED;
-                    max_tso = max_tso.min(max);
-                }
-                if can.ipv4_send().contains(Ipv4Checksums::UDP) {
-                    checksums |= bit(Transport::Udp4);
-                    wanted.udp_ipv4_checksum = ON;
+            let mut chosen = Offloads::choose(can, version);
+            for max in [&mut chosen.lso_ipv4, &mut chosen.lso_ipv6] {
+                if *max < MIN_TSO_SIZE {
+                    *max = 0;
+                } else {
+                    max_tso = max_tso.min(*max);
                 }
             }
-            let tcp6 = Ipv6Checksums::TCP | Ipv6Checksums::TCP_OPTIONS;
-            if can.ipv6_send().contains(tcp6) {
-                features |= Features::IPV6_CSUM;
-                checksums |= bit(Transport::Tcp6);
-                wanted.tcp_ipv6_checksum = ON;
-                if let Some(max) = can.ipv6_lso().filter(|&max| max >= MIN_TSO_SIZE) {
-                    features |= Features::TSO6;
-                    wanted.lso_v2_ipv6 = Setting::ENABLED;
-                    max_tso = max_tso.min(max);
-                }
-                if can.ipv6_send().contains(Ipv6Checksums::UDP) {
-                    checksums |= bit(Transport::Udp6);
-                    wanted.udp_ipv6_checksum = ON;
+            for (is_chosen, feature, kind) in [
+                (chosen.tcp_ipv4_send, Features::IP_CSUM, Transport::Tcp4),
+                (chosen.udp_ipv4_send, Features::IP_CSUM, Transport::Udp4),
+                (chosen.tcp_ipv6_send, Features::IPV6_CSUM, Transport::Tcp6),
+                (chosen.udp_ipv6_send, Features::IPV6_CSUM, Transport::Udp6),
+                (chosen.lso_ipv4 != 0, Features::TSO, Transport::Other),
+                (chosen.lso_ipv6 != 0, Features::TSO6, Transport::Other),
+                (chosen.rsc, Features::LRO, Transport::Other),
+            ] {
+                if is_chosen {
+                    features |= feature;
+                    checksums |= bit(kind);
                 }
             }
-            if can.rsc() {
-                features |= Features::LRO;
-                let on = setting(netdev.features().contains(Features::LRO));
-                wanted.rsc_ipv4 = on;
-                wanted.rsc_ipv6 = on;
-            }
-            session.set_offloads(&wanted)?;
+            let wanted = Offloads {
+                rsc: chosen.rsc && netdev.features().contains(Features::LRO),
+                ..chosen
+            };
+            session.set_offloads(&wanted.to_parameters(&chosen, version))?;
         }
         self.checksums.store(checksums, Relaxed);
         let others = netdev.hw_features(rtnl) & !HOST_FEATURES;

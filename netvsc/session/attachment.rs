@@ -243,16 +243,18 @@ impl Drop for Attachment {
                 let _ = link.primary.send(message, 0, false);
             }
         }
-        let had_subchannels = self.subchannels.take().is_some();
+        self.subchannels = None;
         // The primary channel goes last.
+        let mut let_go = true;
         for index in (0..MAX_CHANNELS as usize).rev() {
-            self.ports.close(index);
+            let_go &= self.ports.close(index);
         }
         link.control.end();
         for queue in self.queues.iter() {
-            queue.cancel_all(link);
+            queue.cancel_all(link, let_go);
         }
-        if had_subchannels {
+        // They may have been asked for, and offered later.
+        if self.queues.len() > 1 {
             // The next attachment must not take them for its own.
             link.primary.wait_for_subchannels(RETURN_MS);
         }

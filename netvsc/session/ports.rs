@@ -51,6 +51,8 @@ pub(super) struct Ports {
     list: Mutex<KVec<Option<Port>>>,
     /// How many sub-channels are still to come.
     missing: Atomic<u32>,
+    /// The host has not answered when one of them was opened.
+    silent: Atomic<bool>,
     /// None is.
     #[pin]
     pub(super) all: Event,
@@ -66,6 +68,7 @@ impl Ports {
             pin_init!(Self {
                 list <- new_mutex!(list, "netvsc_ports"),
                 missing: Atomic::new(u32::MAX),
+                silent: Atomic::new(false),
                 all <- Event::new(),
             }),
             GFP_KERNEL,
@@ -111,10 +114,17 @@ impl Ports {
         }
     }
 
-    /// Closes a channel. Sleeps.
-    pub(super) fn close(&self, index: usize) {
+    /// Closes a channel. Says whether the host has let go of what it was given; it has of a channel that
+    /// is not open. Sleeps.
+    pub(super) fn close(&self, index: usize) -> bool {
         let port = self.list.lock().get_mut(index).and_then(Option::take);
+        let Some(port) = port else {
+            return true;
+        };
+        let channel = port.open.channel().clone();
+        let lost = channel.lost_memory();
         drop(port);
+        channel.lost_memory() == lost
     }
 
     /// Number of channels that are open one after the other, from the first on.
@@ -136,16 +146,23 @@ impl SubchannelHandler for Subchannels {
     fn on_subchannel(&self, channel: Arc<Channel>) {
         let index = channel.subchannel_index();
         let result = match self.queues.get(usize::from(index)) {
+            // Each wait for a host that does not answer is a long one.
+            _ if self.ports.silent.load(Relaxed)
+                || self.link.is_closing()
+                || self.link.is_dead() =>
+            {
+                Err(ENODEV)
+            }
             Some(queue) if index != 0 => self.ports.open(queue, &channel),
             _ => Err(EINVAL),
         };
         if let Err(error) = result {
-            dev_warn!(
-                self.link.nic.dev(),
-                "sub-channel {} is not used: {:?}\n",
-                index,
-                error
-            );
+            if error == ETIMEDOUT {
+                self.ports.silent.store(true, Relaxed);
+            }
+            self.link
+                .nic
+                .warn(fmt!("sub-channel {} is not used: {:?}\n", index, error));
         }
         self.ports.settle();
     }
@@ -160,9 +177,11 @@ impl SubchannelHandler for Subchannels {
         let Some(port) = port else {
             return;
         };
+        let lost = channel.lost_memory();
         drop(port);
+        let let_go = channel.lost_memory() == lost;
         if let Some(queue) = self.queues.get(index) {
-            queue.cancel_all(&self.link);
+            queue.cancel_all(&self.link, let_go);
             // The first queue sends for it from now on.
             if self.link.is_tx_enabled() {
                 self.link.nic.netdev().wake_queue(queue.index());

@@ -32,6 +32,9 @@ use hv_proto::net::{
 };
 use kernel::prelude::*;
 
+/// Length of a tag that stays in the frame.
+const VLAN_TAG: u32 = 4;
+
 /// Pages that a head can touch.
 const HEAD_PAGES: u64 = 2;
 
@@ -48,7 +51,8 @@ impl Queue {
             return Err(Failure::Drop);
         }
         // The stack may have made it when the MTU was a larger one.
-        if skb.len() > link.frame_size && !skb.is_gso() {
+        let tag = if skb.has_inline_tag() { VLAN_TAG } else { 0 };
+        if skb.len() > link.frame_size.saturating_add(tag) && !skb.is_gso() {
             events.tx_too_big.count();
             return Err(Failure::Drop);
         }

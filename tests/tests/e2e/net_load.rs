@@ -10,7 +10,9 @@ use std::time::Duration;
 
 use anyhow::{Context, Result, ensure};
 use host_harness::net::NetOptions;
+use host_harness::vmbus::Direction;
 use hv_proto::ids::ChannelId;
+use hv_proto::ring::Field;
 use viridian_tests::guest::COMMAND;
 use viridian_tests::namespace::BRIDGE;
 use viridian_tests::{Drivers, Guest, Namespace, both_drivers};
@@ -368,6 +370,7 @@ fn reloads_and_rescinds_under_traffic(drivers: Drivers) -> Result<()> {
         // Not tried with the C driver, which has no time limits; see `net::nics_come_and_go_under_traffic`.
         subchannels_go(&guest, &nic, &eth)?;
         silent_host(&guest, &nic, &eth)?;
+        damaged_ring(&guest, &nic, &eth)?;
         for round in 0..3 {
             let changes = guest.spawn(&format!(
                 "while chroot /debian ethtool -L {eth} combined 1 && chroot /debian ethtool -L {eth} combined 2; do :; done"
@@ -395,6 +398,7 @@ fn reloads_and_rescinds_under_traffic(drivers: Drivers) -> Result<()> {
             "the adapter does not open",
             "the host goes on sending",
             "the host keeps packets",
+            "ring",
         ],
     };
     guest.check_log(expected)?;
@@ -433,6 +437,9 @@ fn silent_host(guest: &Guest, nic: &str, eth: &str) -> Result<()> {
         network.set_silent(nic, true)?;
         let refused = guest.run(&format!("chroot /debian {command}"))?;
         ensure!(refused.status != 0, "{command}: {refused}");
+        // Without channels there is nothing to spread over.
+        let refused = guest.run(&format!("chroot /debian ethtool -X {eth} default"))?;
+        ensure!(refused.status != 0, "a table was set: {refused}");
         guest.sh(&format!("ip link set {eth} down"))?;
         let refused = guest.run(&format!("ip link set {eth} up"))?;
         ensure!(refused.status != 0, "it came up: {refused}");
@@ -442,4 +449,21 @@ fn silent_host(guest: &Guest, nic: &str, eth: &str) -> Result<()> {
     }
     guest.sh("echo 10 > /sys/module/netvsc/parameters/host_timeout")?;
     Ok(())
+}
+
+/// A NIC whose ring the host has damaged is well again when it was down.
+fn damaged_ring(guest: &Guest, nic: &str, eth: &str) -> Result<()> {
+    let server = guest.host().server().context("no bus")?;
+    let mut channels = server.status().channels.into_iter();
+    let primary = channels.find(|channel| channel.name == nic && channel.subchannel_index == 0);
+    let id = ChannelId::new(primary.context("the NIC has no channel")?.id);
+    ensure!(
+        server
+            .hostile()
+            .store(id, Direction::ToGuest, Field::WriteIndex, 13),
+        "the channel is not open"
+    );
+    guest.wait_for("dmesg | grep 'damaged the ring of queue 0'")?;
+    guest.sh(&format!("ip link set {eth} down && ip link set {eth} up"))?;
+    flows(guest, nic, "a damaged ring")
 }
