@@ -239,23 +239,15 @@ impl Running {
         // A timeout too long to add is no bound at all: a day is.
         let deadline = Instant::now() + timeout.min(Duration::from_secs(86_400));
         loop {
-            let event = match self
-                .events
-                .recv_timeout(deadline.saturating_duration_since(Instant::now()))
-            {
-                Ok(event) => event,
-                Err(RecvTimeoutError::Timeout) => {
-                    self.kill()?;
-                    let output = std::mem::take(&mut self.output);
-                    return Err(AgentError::Timeout {
-                        command: self.command.clone(),
-                        timeout,
-                        output,
-                    });
-                }
-                Err(RecvTimeoutError::Disconnected) => {
-                    return Err(AgentError::Closed(self.command.clone()));
-                }
+            let rest = deadline.saturating_duration_since(Instant::now());
+            let Some(event) = self.next_event(rest)? else {
+                self.kill()?;
+                let output = std::mem::take(&mut self.output);
+                return Err(AgentError::Timeout {
+                    command: self.command.clone(),
+                    timeout,
+                    output,
+                });
             };
             each(&event);
             match event {
@@ -267,6 +259,19 @@ impl Running {
                 }
                 Event::Ready => {}
             }
+        }
+    }
+
+    /// The next of its events, or none within `timeout`. Nothing is collected: for a command that prints without end.
+    ///
+    /// # Errors
+    ///
+    /// [`AgentError::Closed`] when the guest ends first, and after [`Event::Exit`].
+    pub fn next_event(&mut self, timeout: Duration) -> Result<Option<Event>, AgentError> {
+        match self.events.recv_timeout(timeout) {
+            Ok(event) => Ok(Some(event)),
+            Err(RecvTimeoutError::Timeout) => Ok(None),
+            Err(RecvTimeoutError::Disconnected) => Err(AgentError::Closed(self.command.clone())),
         }
     }
 

@@ -6,7 +6,7 @@ use std::collections::HashMap;
 use std::io::{self, BufRead, BufReader, Read, Write};
 use std::os::unix::process::{CommandExt, ExitStatusExt};
 use std::process::{Child, Command, Stdio};
-use std::sync::mpsc::{self, Receiver, Sender};
+use std::sync::mpsc::{self, Receiver, SyncSender};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::thread;
 use std::time::Duration;
@@ -18,6 +18,10 @@ use crate::{Event, Request};
 /// How long output is still read after the command's end, when a child of it keeps the pipe open.
 const OUTPUT_GRACE: Duration = Duration::from_millis(200);
 
+/// How many pieces of output wait for the port, and as many of each command: beyond that a command waits. The host
+/// always reads, whatever it does besides, so a full queue gets empty.
+const QUEUE: usize = 64;
+
 type Groups = Arc<Mutex<HashMap<u64, Pid>>>;
 
 /// Serve requests from `input` until it ends, events go to `output`.
@@ -26,7 +30,7 @@ type Groups = Arc<Mutex<HashMap<u64, Pid>>>;
 ///
 /// An I/O error of `input`. A line that is not a request is answered on standard error of the agent and skipped.
 pub fn serve(input: impl Read, mut output: impl Write + Send + 'static) -> io::Result<()> {
-    let (events, to_write) = mpsc::channel::<Event>();
+    let (events, to_write) = mpsc::sync_channel::<Event>(QUEUE);
     thread::spawn(move || {
         for event in to_write {
             let mut line = serde_json::to_vec(&event).unwrap_or_default();
@@ -67,7 +71,7 @@ pub fn serve(input: impl Read, mut output: impl Write + Send + 'static) -> io::R
     }
 }
 
-fn run(id: u64, command: &str, events: &Sender<Event>, groups: &Groups) {
+fn run(id: u64, command: &str, events: &SyncSender<Event>, groups: &Groups) {
     let child = Command::new("/bin/sh")
         .args(["-c", command])
         .stdin(Stdio::null())
@@ -93,8 +97,8 @@ fn run(id: u64, command: &str, events: &Sender<Event>, groups: &Groups) {
 }
 
 /// Forwards a command's output and reports its end.
-fn attend(id: u64, mut child: Child, events: &Sender<Event>, groups: &Groups) {
-    let (pieces, output) = mpsc::channel();
+fn attend(id: u64, mut child: Child, events: &SyncSender<Event>, groups: &Groups) {
+    let (pieces, output) = mpsc::sync_channel(QUEUE);
     if let Some(stdout) = child.stdout.take() {
         forward(stdout, pieces.clone(), move |text| Event::Stdout {
             id,
@@ -130,7 +134,7 @@ fn attend(id: u64, mut child: Child, events: &Sender<Event>, groups: &Groups) {
     _ = events.send(Event::Exit { id, status });
 }
 
-fn pump(output: &Receiver<Event>, end: &Receiver<()>, events: &Sender<Event>) {
+fn pump(output: &Receiver<Event>, end: &Receiver<()>, events: &SyncSender<Event>) {
     let mut ended = false;
     loop {
         match output.recv_timeout(OUTPUT_GRACE) {
@@ -145,7 +149,7 @@ fn pump(output: &Receiver<Event>, end: &Receiver<()>, events: &Sender<Event>) {
 
 fn forward(
     mut pipe: impl Read + Send + 'static,
-    pieces: Sender<Event>,
+    pieces: SyncSender<Event>,
     event: impl Fn(String) -> Event + Send + 'static,
 ) {
     thread::spawn(move || {

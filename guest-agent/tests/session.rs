@@ -2,11 +2,12 @@
 
 //! Client and agent against each other over a socket pair, with real commands.
 
+use std::io::{BufRead, BufReader, Write};
 use std::os::unix::net::UnixStream;
 use std::thread;
 use std::time::Duration;
 
-use guest_agent::{AgentError, Client, serve};
+use guest_agent::{AgentError, Client, Event, Request, serve};
 
 const SOON: Duration = Duration::from_secs(20);
 
@@ -56,6 +57,62 @@ fn large_output_is_whole() {
         output.stdout.len(),
         expected.len()
     );
+}
+
+#[test]
+fn a_command_waits_for_a_host_that_does_not_read() {
+    let (mut host, guest) = UnixStream::pair().expect("socket pair");
+    let output = guest.try_clone().expect("clone");
+    thread::spawn(move || serve(guest, output));
+    let ended = std::env::temp_dir().join(format!("guest-agent-ended-{}", std::process::id()));
+    let request = Request::Run {
+        id: 1,
+        command: format!(
+            "head -c 4194304 /dev/zero | tr '\\0' x; touch {}",
+            ended.display()
+        ),
+    };
+    let line = serde_json::to_string(&request).expect("JSON");
+    writeln!(host, "{line}").expect("write");
+    thread::sleep(Duration::from_secs(1));
+    let early = ended.exists();
+    let mut printed = 0;
+    for line in BufReader::new(host).lines() {
+        match serde_json::from_str(&line.expect("read")).expect("event") {
+            Event::Stdout { text, .. } => printed += text.len(),
+            Event::Exit { .. } => break,
+            other => panic!("{other:?}"),
+        }
+    }
+    std::fs::remove_file(&ended).expect("it has ended");
+    assert_eq!((early, printed), (false, 4_194_304));
+}
+
+#[test]
+fn events_can_be_taken_one_by_one() {
+    let client = session();
+    let mut running = client
+        .spawn("echo a; echo b >&2; sleep 0.5; exit 5")
+        .expect("spawn");
+    let mut seen = Vec::new();
+    let mut waited = false;
+    loop {
+        match running
+            .next_event(Duration::from_millis(50))
+            .expect("event")
+        {
+            Some(Event::Exit { status, .. }) => break assert_eq!(status, 5),
+            Some(Event::Stdout { text, .. } | Event::Stderr { text, .. }) => seen.push(text),
+            Some(Event::Ready) => {}
+            None => waited = true,
+        }
+    }
+    seen.sort();
+    assert_eq!((seen.concat().as_str(), waited), ("a\nb\n", true));
+    assert!(matches!(
+        running.next_event(SOON),
+        Err(AgentError::Closed(_))
+    ));
 }
 
 #[test]
