@@ -3,25 +3,21 @@
 //! Runs the tests that boot guests: a few batches side by side, each in an L1 VM of its own where one is needed.
 //!
 //! A batch is a run of the test program with some names. A VM that dies takes one test with it: the batch's
-//! others go back to the queue. So does, twice, a test whose guest the emulated processor failed. What a test
-//! prints is shown only when it fails.
+//! others go back to the queue. What a test prints is shown only when it fails.
 
 use std::{
     collections::VecDeque,
     fmt::Write as _,
-    io::{BufRead, BufReader},
+    os::unix::process::CommandExt,
     path::PathBuf,
     process::Stdio,
-    sync::{Mutex, PoisonError},
+    sync::{Mutex, PoisonError, mpsc},
     time::{Duration, Instant},
 };
 
 use anyhow::{Context, Result, bail};
 
-use crate::{
-    cmd::{self, Interrupted},
-    ui,
-};
+use crate::{cmd, ui};
 
 /// Tests in a batch: enough that the start of a VM does not count, few enough that all workers end together.
 const BATCH: usize = 4;
@@ -39,6 +35,8 @@ pub struct Program {
     pub environment: Vec<(String, String)>,
     /// Batches that run at once.
     pub workers: usize,
+    /// The longest time of a batch.
+    pub limit: Duration,
 }
 
 /// What was found out so far.
@@ -145,7 +143,6 @@ impl Program {
         let mut words = self.runner.clone();
         words.push(self.path.to_string_lossy().into_owned());
         let (program, arguments) = words.split_first().context("nothing to run")?;
-        let (reader, writer) = std::io::pipe().context("cannot create a pipe")?;
         let mut command = cmd::tied(program);
         command
             .args(arguments)
@@ -153,47 +150,51 @@ impl Program {
             .args(batch)
             .envs(self.environment.iter().cloned())
             .stdin(Stdio::null())
-            .stdout(writer.try_clone()?)
-            .stderr(writer);
+            .stdout(Stdio::piped())
+            .stderr(Stdio::piped())
+            // A second signal ends the runner before it has tidied up: a terminal's go to us alone.
+            .process_group(0);
         let mut child = command.spawn().context("cannot start the tests")?;
-        // The pipe's writing ends are in it; without this the reader would never see the end.
-        drop(command);
+        // What is said on standard error can come amid a line with a result.
+        let (sender, lines) = mpsc::channel();
+        if let Some(stdout) = child.stdout.take() {
+            cmd::read_lines(stdout, sender.clone(), |line| (true, line));
+        }
+        if let Some(stderr) = child.stderr.take() {
+            cmd::read_lines(stderr, sender.clone(), |line| (false, line));
+        }
+        drop(sender);
 
         let mut waiting: VecDeque<&String> = batch.iter().collect();
         let mut begun = Instant::now();
         let mut output = String::new();
         let mut failures = Vec::new();
-        for line in BufReader::new(reader).split(b'\n').map_while(Result::ok) {
-            let line = String::from_utf8_lossy(&line);
-            match parse_result(&line) {
-                Some((name, passed)) if waiting.iter().any(|waiting| *waiting == name) => {
-                    waiting.retain(|waiting| *waiting != name);
-                    if passed {
-                        report(progress, name, true, begun.elapsed());
-                    } else {
-                        // What it printed comes at the end of the batch.
-                        failures.push((name.to_owned(), begun.elapsed()));
-                    }
-                    begun = Instant::now();
-                }
-                _ => {
-                    // Writing to a string cannot fail.
-                    let _ = writeln!(output, "{line}");
-                }
+        let take = |(is_stdout, line): (bool, String)| {
+            let result = parse_result(&line)
+                .filter(|(name, _)| is_stdout && waiting.iter().any(|waiting| *waiting == name));
+            let Some((name, passed)) = result else {
+                // Writing to a string cannot fail.
+                let _ = writeln!(output, "{line}");
+                return;
+            };
+            waiting.retain(|waiting| *waiting != name);
+            if passed {
+                report(progress, name, true, begun.elapsed());
+            } else {
+                // What it printed comes at the end of the batch.
+                failures.push((name.to_owned(), begun.elapsed()));
             }
-        }
-        let status = child.wait()?;
-        if cmd::interrupted() {
-            bail!(Interrupted);
-        }
+            begun = Instant::now();
+        };
+        let end = match cmd::follow(&mut child, &lines, cmd::GRACE, Some(self.limit), take) {
+            Ok(status) => cmd::describe(status),
+            Err(error) if error.is::<cmd::TooLong>() => error.to_string(),
+            Err(error) => return Err(error),
+        };
         // The test that was running when the batch died is the one that failed.
         if let Some(name) = waiting.pop_front() {
             failures.push((name.clone(), begun.elapsed()));
-            let _ = writeln!(
-                output,
-                "the tests ended without a result for {name}: {}",
-                cmd::describe(status)
-            );
+            let _ = writeln!(output, "the tests ended without a result for {name}: {end}");
         }
         let rest: Vec<String> = waiting.into_iter().cloned().collect();
         let mut shown = false;
@@ -261,14 +262,23 @@ mod tests {
             runner: vec!["sh".into()],
             environment: Vec::new(),
             workers: 1,
+            limit: Duration::from_secs(60),
         }
     }
 
     fn run(name: &str, script: &str) -> (Progress, Result<Vec<String>>) {
+        run_for(Duration::from_secs(60), name, script)
+    }
+
+    fn run_for(limit: Duration, name: &str, script: &str) -> (Progress, Result<Vec<String>>) {
         let scratch = crate::cache::Scratch::create(name).unwrap();
         let progress = Mutex::default();
         let batch = ["a", "b", "c"].map(String::from);
-        let rest = program(scratch.path(), script).run_batch(&batch, &progress);
+        let program = Program {
+            limit,
+            ..program(scratch.path(), script)
+        };
+        let rest = program.run_batch(&batch, &progress);
         (progress.into_inner().unwrap(), rest)
     }
 
@@ -299,6 +309,28 @@ mod tests {
         );
         assert_eq!((progress.ended, progress.failed), (2, vec!["b".to_owned()]));
         assert_eq!(rest.unwrap(), ["c"]);
+    }
+
+    #[test]
+    fn a_batch_that_stands_still_is_ended() {
+        let (progress, rest) = run_for(
+            Duration::from_secs(2),
+            "still",
+            "echo 'test a ... ok'; sleep 300 & wait",
+        );
+        assert_eq!((progress.ended, progress.failed), (2, vec!["b".to_owned()]));
+        assert_eq!(rest.unwrap(), ["c"]);
+    }
+
+    #[test]
+    fn what_is_said_amid_a_result_does_not_hide_it() {
+        let (progress, rest) = run(
+            "amid",
+            "for n in a b c; do printf \"test $n ... \"; echo noise >&2; sleep 0.1; echo ok; done; \
+             echo 'test a ... FAILED' >&2",
+        );
+        assert_eq!((progress.ended, progress.failed.len()), (3, 0));
+        assert!(rest.unwrap().is_empty());
     }
 
     #[test]

@@ -8,12 +8,12 @@ use std::{
     os::unix::net::UnixStream,
     path::{Path, PathBuf},
     process::{Child, Stdio},
-    time::Duration,
+    time::{Duration, Instant},
 };
 
 use anyhow::{Context, Result, bail};
 use clap::Args;
-use guest_agent::{Client, Event};
+use guest_agent::{AgentError, Client, Event};
 
 use crate::{
     cache::Scratch,
@@ -22,6 +22,9 @@ use crate::{
 
 /// How long a guest may take until its agent answers. A software CPU is slow.
 const BOOT_LIMIT: Duration = Duration::from_secs(300);
+
+/// How long we wait for the guest before we look whether the user has interrupted.
+const PATIENCE: Duration = Duration::from_millis(100);
 
 /// How long a guest may take to power off.
 const POWER_OFF_LIMIT: Duration = Duration::from_secs(60);
@@ -128,14 +131,14 @@ pub fn run(guest: &GuestArgs) -> Result<u8> {
     let agent = scratch.path().join("agent");
     match &guest.run {
         None => {
-            // The console is the user's. Signals (of a terminal that closes) end the harness, and us with it.
+            // The console is the user's.
             let mut harness = Harness(
                 guest
                     .harness_command("stdio", &agent)
                     .spawn()
                     .context("cannot start host-harness")?,
             );
-            let status = harness.0.wait()?;
+            let status = cmd::wait(&mut harness.0, cmd::GRACE)?;
             Ok(status
                 .code()
                 .and_then(|code| u8::try_from(code).ok())
@@ -174,36 +177,56 @@ fn connect(harness: &mut Child, path: &Path) -> Result<UnixStream> {
 
 fn run_command(guest: &GuestArgs, harness: &mut Child, agent: &Path, command: &str) -> Result<u8> {
     let client = Client::new(connect(harness, agent)?)?;
-    client
-        .wait_ready(BOOT_LIMIT)
-        .context("the guest did not come up")?;
+    wait_ready(&client).context("the guest did not come up")?;
     let mut running = client.spawn(command)?;
-    let output = running.wait_each(Duration::MAX, |event| {
+    let status = loop {
         // Whoever reads our output may have gone: the command's status still counts.
-        let _ = match event {
-            Event::Stdout { text, .. } => {
+        let _ = match running.next_event(PATIENCE)? {
+            Some(Event::Stdout { text, .. }) => {
                 let mut stdout = std::io::stdout();
                 stdout
                     .write_all(text.as_bytes())
                     .and_then(|()| stdout.flush())
             }
-            Event::Stderr { text, .. } => std::io::stderr().write_all(text.as_bytes()),
-            Event::Ready | Event::Exit { .. } => Ok(()),
+            Some(Event::Stderr { text, .. }) => std::io::stderr().write_all(text.as_bytes()),
+            Some(Event::Exit { status, .. }) => break status,
+            Some(Event::Ready) | None => Ok(()),
         };
-    })?;
+        if cmd::interrupted() {
+            bail!(Interrupted);
+        }
+    };
     if guest.power_off {
         power_off(&client, harness)?;
     }
-    Ok(u8::try_from(output.status).unwrap_or(1))
+    Ok(u8::try_from(status).unwrap_or(1))
+}
+
+/// Waits until the agent answers.
+fn wait_ready(client: &Client) -> Result<()> {
+    let deadline = Instant::now() + BOOT_LIMIT;
+    loop {
+        match client.wait_ready(PATIENCE) {
+            Err(AgentError::NotReady(_)) if Instant::now() < deadline => {}
+            Err(AgentError::NotReady(_)) => bail!(AgentError::NotReady(BOOT_LIMIT)),
+            other => return Ok(other?),
+        }
+        if cmd::interrupted() {
+            bail!(Interrupted);
+        }
+    }
 }
 
 /// Ends a guest whose disk is kept.
 fn power_off(client: &Client, harness: &mut Child) -> Result<()> {
     // The answer may be cut off by the power-off itself.
     let _ = client.spawn("poweroff");
-    let deadline = std::time::Instant::now() + POWER_OFF_LIMIT;
+    let deadline = Instant::now() + POWER_OFF_LIMIT;
     while harness.try_wait()?.is_none() {
-        if std::time::Instant::now() > deadline {
+        if cmd::interrupted() {
+            bail!(Interrupted);
+        }
+        if Instant::now() > deadline {
             bail!("the guest did not power off; its disk may need a check");
         }
         std::thread::sleep(Duration::from_millis(20));

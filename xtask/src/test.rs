@@ -1,8 +1,8 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
 
-//! `test`: the checks, and all tests of the workspace. Those that boot guests run in one L1 VM where there is no usable KVM.
+//! `test`: the checks, and all tests of the workspace. Those that boot guests run in L1 VMs where there is no usable KVM.
 
-use std::{fs, path::PathBuf};
+use std::{fs, os::unix::process::CommandExt, path::PathBuf, process::Stdio, time::Duration};
 
 use anyhow::{Context, Result, bail};
 use clap::Args;
@@ -10,9 +10,7 @@ use clap::Args;
 use crate::{
     KernelArgs, boot,
     cache::Cache,
-    check, checkout,
-    cmd::{self, Interrupted},
-    e2e,
+    check, checkout, cmd, e2e,
     l1::L1,
     setup::{self, Ready},
     ui::{self, Step},
@@ -69,18 +67,18 @@ pub fn run(cache: &Cache, test: &TestArgs) -> Result<()> {
 /// All tests that boot no guest.
 fn unit(test: &TestArgs) -> Result<()> {
     let run = |arguments: &[&str]| -> Result<()> {
-        let status = cmd::cargo()
+        let mut cargo = cmd::tied(cmd::cargo_program())
             .current_dir(checkout())
             .args(["test", "--locked"])
             .args(arguments)
             .arg("--")
             .args(&test.filters)
-            .status()
+            .stdin(Stdio::null())
+            // What cargo runs does not end with it, but with its group.
+            .process_group(0)
+            .spawn()
             .context("cannot start cargo")?;
-        if cmd::interrupted() {
-            bail!(Interrupted);
-        }
-        if !status.success() {
+        if !cmd::wait(&mut cargo, cmd::GRACE)?.success() {
             bail!("tests failed");
         }
         Ok(())
@@ -158,6 +156,8 @@ fn end_to_end(cache: &Cache, ready: &Ready, test: &TestArgs) -> Result<()> {
             manifest.to_string_lossy().into_owned(),
         )],
         workers: workers(ready),
+        // The VM's own limit, which says more, comes first.
+        limit: e2e::BATCH_LIMIT + Duration::from_secs(60),
     }
     .run(&test.filters)
 }
