@@ -2,7 +2,11 @@
 
 //! `boot`: the Debian guest, for a user at its console or for one command; and the `l1` runner.
 
-use std::{path::PathBuf, time::Duration};
+use std::{
+    ffi::OsString,
+    path::{Path, PathBuf},
+    time::Duration,
+};
 
 use anyhow::{Context, Result, bail};
 use clap::{Args, ValueEnum};
@@ -12,8 +16,8 @@ use crate::{
     KernelArgs, Unmet,
     cache::Cache,
     guest::{self, GuestArgs},
-    host,
-    l1::{Job, L1},
+    host::{self, KvmChoice},
+    l1::{Job, L1, comma},
     qemu::Qemu,
     rootfs, setup, ui,
 };
@@ -57,7 +61,7 @@ pub struct BootArgs {
     #[arg(long, value_name = "FILE")]
     pub trace: Option<PathBuf>,
     /// A NIC, as `host-harness run --net` has it; may be repeated (default: passt, which is user-mode
-    /// networking)
+    /// networking). A TAP needs a guest that runs on this machine's KVM
     #[arg(long, value_name = "KEY=VALUE,...", conflicts_with = "no_net")]
     pub net: Vec<String>,
     /// No NIC
@@ -108,12 +112,58 @@ fn nics(boot: &BootArgs, has_passt: bool) -> Vec<String> {
 }
 
 /// Makes a path absolute, so that it means the same in the L1 VM.
-fn absolute(path: &std::path::Path) -> Result<PathBuf> {
+fn absolute(path: &Path) -> Result<PathBuf> {
     std::path::absolute(path).with_context(|| format!("bad path {}", path.display()))
 }
 
+/// A NIC as the user describes it, for a harness that runs elsewhere.
+#[derive(Debug, Default, PartialEq, Eq)]
+struct Nic {
+    /// The description, with absolute paths.
+    option: String,
+    /// The TAP that it names.
+    tap: Option<String>,
+    /// The program that it names by a path.
+    program: Option<PathBuf>,
+    /// The file of its capture.
+    pcap: Option<PathBuf>,
+}
+
+/// Makes the paths in a NIC's description absolute. What is wrong with it, the harness says.
+fn nic(text: &str) -> Result<Nic> {
+    // A doubled comma stands for one in a value, where no NUL can be.
+    const COMMA: &str = "\0";
+    let mut nic = Nic::default();
+    let mut items = Vec::new();
+    for item in text.replace(",,", COMMA).split(',') {
+        let value = |value: &str| value.replace(COMMA, ",");
+        items.push(match item.split_once('=') {
+            Some(("pcap", path)) if !path.is_empty() => {
+                let path = absolute(Path::new(&value(path)))?;
+                let item = format!("pcap={}", comma(&path));
+                nic.pcap = Some(path);
+                item
+            }
+            // Without a slash it is looked for in the path.
+            Some(("passt", program)) if program.contains('/') => {
+                let path = absolute(Path::new(&value(program)))?;
+                let item = format!("passt={}", comma(&path));
+                nic.program = Some(path);
+                item
+            }
+            Some(("tap", name)) => {
+                nic.tap = Some(value(name));
+                item.replace(COMMA, ",,")
+            }
+            _ => item.replace(COMMA, ",,"),
+        });
+    }
+    nic.option = items.join(",");
+    Ok(nic)
+}
+
 /// The existing directory that a file is or will be in.
-fn directory_of(path: &std::path::Path) -> Result<PathBuf> {
+fn directory_of(path: &Path) -> Result<PathBuf> {
     match path.parent().filter(|parent| parent.is_dir()) {
         Some(parent) => Ok(parent.to_owned()),
         None => bail!(Unmet(format!(
@@ -138,11 +188,11 @@ pub fn run(cache: &Cache, boot: &BootArgs) -> Result<u8> {
         let path = absolute(path)?;
         _kept = Some(setup::kept_disk(&ready, &path)?);
         writable.push(directory_of(&path)?);
-        disks.push(format!("path={},format=raw", path.display()));
+        disks.push(format!("path={},format=raw", comma(&path)));
     } else if !boot.initramfs {
         disks.push(format!(
             "path={},format=raw,snapshot=on",
-            ready.debian.display()
+            comma(&ready.debian)
         ));
     }
     let mut options = Vec::new();
@@ -152,7 +202,21 @@ pub fn run(cache: &Cache, boot: &BootArgs) -> Result<u8> {
         options.push(format!("--trace={}", path.display()));
     }
     let nics = nics(boot, host::has_passt());
-    options.extend(nics.iter().map(|nic| format!("--net={nic}")));
+    let mut keep = Vec::new();
+    for nic in &nics {
+        let nic = self::nic(nic)?;
+        if let (Some(name), KvmChoice::Nested(reason)) = (&nic.tap, &ready.kvm) {
+            bail!(Unmet(format!(
+                "--net tap={name}: this machine's TAPs are not in the VM that the guest runs in here, because \
+                 {reason}"
+            )));
+        }
+        options.push(format!("--net={}", nic.option));
+        if let Some(path) = &nic.pcap {
+            writable.push(directory_of(path)?);
+        }
+        keep.extend(nic.program);
+    }
     if let (Some(path), false) = (&boot.pcap, nics.is_empty()) {
         let path = absolute(path)?;
         writable.push(directory_of(&path)?);
@@ -185,7 +249,12 @@ pub fn run(cache: &Cache, boot: &BootArgs) -> Result<u8> {
     let Some(l1) = ready.l1(boot.memory) else {
         return guest::run(&guest);
     };
-    let l1 = L1 { writable, ..l1 };
+    keep.extend(l1.keep);
+    let l1 = L1 {
+        writable,
+        keep,
+        ..l1
+    };
     let mut command = vec![own_program()?, "guest".to_owned()];
     command.extend(guest.to_arguments());
     l1.run(&Job {
@@ -204,7 +273,14 @@ fn own_program() -> Result<String> {
 
 /// Our environment, for a command in the L1 VM.
 fn environment() -> Vec<(String, String)> {
-    std::env::vars().collect()
+    textual(std::env::vars_os())
+}
+
+/// Those variables that are text.
+fn textual(variables: impl Iterator<Item = (OsString, OsString)>) -> Vec<(String, String)> {
+    variables
+        .filter_map(|(name, value)| Some((name.into_string().ok()?, value.into_string().ok()?)))
+        .collect()
 }
 
 /// Options of the hidden verb `l1`, the runner for test programs.
@@ -351,6 +427,49 @@ mod tests {
         assert!(of(&["--no-net"], true).is_empty());
         let two = ["--net", "tap=a,mtu=9000", "--net", "passt"];
         assert_eq!(of(&two, false), ["tap=a,mtu=9000", "passt"]);
+    }
+
+    #[test]
+    fn paths_of_nics_are_absolute() {
+        let here = std::env::current_dir().unwrap();
+        let here = here.to_str().unwrap();
+        let escaped = here.replace(',', ",,");
+        let found = nic("passt=bin/passt,tcp_ports=1,,2,pcap=a,,b.pcap,id=x").unwrap();
+        assert_eq!(
+            found,
+            Nic {
+                option: format!(
+                    "passt={escaped}/bin/passt,tcp_ports=1,,2,pcap={escaped}/a,,b.pcap,id=x"
+                ),
+                tap: None,
+                program: Some(format!("{here}/bin/passt").into()),
+                pcap: Some(format!("{here}/a,b.pcap").into()),
+            }
+        );
+        let found = nic("mtu=9000,tap=a").unwrap();
+        assert_eq!(found.tap.as_deref(), Some("a"));
+        for as_it_is in [
+            "passt",
+            "passt=other",
+            "tap=a,pcap=/x",
+            "pcap=",
+            "",
+            "a,,,b",
+        ] {
+            assert_eq!(nic(as_it_is).unwrap().option, as_it_is);
+        }
+    }
+
+    #[test]
+    fn variables_that_are_no_text_are_left_out() {
+        use std::os::unix::ffi::OsStringExt;
+        let broken = || OsString::from_vec(vec![0xff]);
+        let all = [
+            ("A".into(), "b".into()),
+            ("C".into(), broken()),
+            (broken(), "d".into()),
+        ];
+        assert_eq!(textual(all.into_iter()), [("A".into(), "b".into())]);
     }
 
     #[test]

@@ -378,8 +378,8 @@ fn is_covered(path: &Path) -> bool {
         .any(|place| path.starts_with(place) && path != Path::new(place))
 }
 
-/// A path as a value of a QEMU option: a comma is written twice.
-fn comma(path: &Path) -> String {
+/// A path as a value of an option of QEMU or of the harness: a comma is written twice.
+pub fn comma(path: &Path) -> String {
     path.to_string_lossy().replace(',', ",,")
 }
 
