@@ -16,6 +16,7 @@
 //! on its directory, so that nobody who makes newer ones removes it meanwhile.
 
 use std::{
+    ffi::OsString,
     fs::{self, File, TryLockError},
     io,
     os::unix::fs::DirBuilderExt,
@@ -28,7 +29,7 @@ use std::{
 use anyhow::{Context, Result, bail};
 use sha2::{Digest, Sha256};
 
-use crate::{cmd, ui, ui::Step};
+use crate::{Unmet, cmd, ui, ui::Step};
 
 /// Products of one name that are kept: the newest ones by use. Older ones are removed.
 const KEEP: usize = 3;
@@ -116,14 +117,27 @@ impl Drop for Temporary {
 
 /// Where the cache is, by the environment.
 fn cache_root() -> Result<PathBuf> {
-    let absolute = |name: &str| {
-        std::env::var_os(name)
+    cache_root_by(|name| std::env::var_os(name))
+}
+
+fn cache_root_by(variable: impl Fn(&str) -> Option<OsString>) -> Result<PathBuf> {
+    let path = |name: &str| {
+        variable(name)
             .map(PathBuf::from)
-            .filter(|path| path.is_absolute())
+            .filter(|path| !path.as_os_str().is_empty())
     };
-    if let Some(path) = absolute("VIRIDIAN_CACHE") {
+    // Another place than the one that was meant must not be emptied.
+    if let Some(path) = path("VIRIDIAN_CACHE") {
+        if path.is_relative() {
+            bail!(Unmet(format!(
+                "VIRIDIAN_CACHE={}: an absolute path is needed",
+                path.display()
+            )));
+        }
         return Ok(path);
     }
+    // One that is not absolute has to be ignored, by the specification.
+    let absolute = |name: &str| path(name).filter(|path| path.is_absolute());
     if let Some(path) = absolute("XDG_CACHE_HOME") {
         return Ok(path.join("viridian"));
     }
@@ -440,7 +454,7 @@ pub fn clean() -> Result<()> {
     }
     let lock = lock_file(&root.join("use.lock"))?;
     if lock.try_lock().is_err() {
-        bail!(crate::Unmet(
+        bail!(Unmet(
             "the cache is in use by another `cargo xtask`".to_owned()
         ));
     }
@@ -465,6 +479,35 @@ mod tests {
         assert_ne!(base, Key::new("r").add("a", b"2").hex());
         assert_ne!(base, Key::new("r").add("a", b"1").add("", b"").hex());
         assert_eq!(base.len(), 16);
+    }
+
+    #[test]
+    fn the_place_is_the_one_that_was_meant() {
+        let root = |variables: &[(&str, &str)]| {
+            cache_root_by(|name| {
+                let found = variables.iter().find(|(known, _)| *known == name);
+                found.map(|(_, value)| value.into())
+            })
+        };
+        let home = ("HOME", "/h");
+        let place = |variables: &[_]| root(variables).unwrap();
+        assert_eq!(place(&[home]), Path::new("/h/.cache/viridian"));
+        assert_eq!(
+            place(&[home, ("XDG_CACHE_HOME", "/x")]),
+            Path::new("/x/viridian")
+        );
+        assert_eq!(
+            place(&[home, ("XDG_CACHE_HOME", "x")]),
+            Path::new("/h/.cache/viridian")
+        );
+        assert_eq!(
+            place(&[home, ("VIRIDIAN_CACHE", "")]),
+            Path::new("/h/.cache/viridian")
+        );
+        assert_eq!(place(&[home, ("VIRIDIAN_CACHE", "/v")]), Path::new("/v"));
+        let relative = root(&[home, ("VIRIDIAN_CACHE", "v")]);
+        assert!(relative.unwrap_err().is::<Unmet>());
+        assert!(root(&[]).is_err());
     }
 
     #[test]
