@@ -118,7 +118,12 @@ fn finish(step: Step, result: Result<()>, log: &Path) -> Result<()> {
             return Err(error);
         }
         eprint!("{}", fs::read_to_string(log).unwrap_or_default());
-        bail!("the check found something (see above)");
+        // The lines that follow the first are the end of the log.
+        let text = format!("{error:#}");
+        bail!(
+            "the check failed (see above): {}",
+            text.lines().next().unwrap_or_default()
+        );
     }
     step.done();
     Ok(())
