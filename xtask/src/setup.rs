@@ -187,11 +187,9 @@ impl Ready {
     pub fn manifest(&self, artefacts: &std::path::Path) -> serde_json::Value {
         let text = |path: &std::path::Path| path.to_string_lossy().into_owned();
         serde_json::json!({
-            "kvm": if self.kvm.is_direct() { "direct" } else { "nested" },
             "harness": text(&self.harness),
             "kernel": text(&self.kernel.image),
             "kernel_release": self.kernel.release,
-            "kernel_modules": text(&self.kernel.modules),
             "lsvmbus": text(&self.kernel.source().join("tools/hv/lsvmbus")),
             "extract_vmlinux": text(&self.kernel.source().join("scripts/extract-vmlinux")),
             "initramfs": text(&self.initramfs),
