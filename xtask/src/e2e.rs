@@ -69,19 +69,19 @@ fn parse_list(text: &str, filters: &[String]) -> VecDeque<String> {
 }
 
 impl Program {
-    /// Runs those of its tests whose names contain one of `filters`, or all.
+    /// Runs those of its tests whose names contain one of `filters`, or all. Says how many there are.
     ///
     /// # Errors
     ///
     /// Names the tests that failed.
-    pub fn run(&self, filters: &[String]) -> Result<()> {
+    pub fn run(&self, filters: &[String]) -> Result<usize> {
         let list = cmd::output(
             std::process::Command::new(&self.path).args(["--list", "--format", "terse"]),
         )?;
         let queue = parse_list(&list, filters);
         if queue.is_empty() {
             ui::info("no test that boots a guest has such a name");
-            return Ok(());
+            return Ok(0);
         }
         let started = Instant::now();
         let total = queue.len();
@@ -116,7 +116,7 @@ impl Program {
         ui::info(&format!(
             "all {total} tests that boot guests passed in {seconds} s"
         ));
-        Ok(())
+        Ok(total)
     }
 
     /// Runs batches until the queue is empty.

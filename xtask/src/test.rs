@@ -2,13 +2,19 @@
 
 //! `test`: the checks, and all tests of the workspace. Those that boot guests run in L1 VMs where there is no usable KVM.
 
-use std::{fs, os::unix::process::CommandExt, path::PathBuf, process::Stdio, time::Duration};
+use std::{
+    fs,
+    os::unix::process::CommandExt,
+    path::PathBuf,
+    process::{Command, Stdio},
+    time::Duration,
+};
 
 use anyhow::{Context, Result, bail};
 use clap::Args;
 
 use crate::{
-    KernelArgs, boot,
+    KernelArgs, Unmet, boot,
     cache::Cache,
     check, checkout, cmd, e2e,
     l1::L1,
@@ -58,22 +64,42 @@ pub fn run(cache: &Cache, test: &TestArgs) -> Result<()> {
         }
         unit(test)?;
     }
-    if let Some(ready) = &ready {
-        end_to_end(cache, ready, test)?;
+    let booted = match &ready {
+        Some(ready) => end_to_end(cache, ready, test)?,
+        None => 0,
+    };
+    // Cargo does not mind when there is nothing to run.
+    let found = test.filters.is_empty() || booted > 0 || !test.e2e && has_unit(test)?;
+    if !found {
+        bail!(Unmet(format!(
+            "no test has such a name: {}",
+            test.filters.join(" ")
+        )));
     }
     Ok(())
 }
 
+/// What cargo is told for the tests that boot no guest.
+const UNIT: [&[&str]; 2] = [
+    &["--workspace", "--exclude", END_TO_END],
+    &["--package", END_TO_END, "--lib"],
+];
+
+fn cargo_test(mut cargo: Command, arguments: &[&str], test: &TestArgs) -> Command {
+    cargo
+        .current_dir(checkout())
+        .args(["test", "--locked"])
+        .args(arguments)
+        .arg("--")
+        .args(&test.filters)
+        .stdin(Stdio::null());
+    cargo
+}
+
 /// All tests that boot no guest.
 fn unit(test: &TestArgs) -> Result<()> {
-    let run = |arguments: &[&str]| -> Result<()> {
-        let mut cargo = cmd::tied(cmd::cargo_program())
-            .current_dir(checkout())
-            .args(["test", "--locked"])
-            .args(arguments)
-            .arg("--")
-            .args(&test.filters)
-            .stdin(Stdio::null())
+    for arguments in UNIT {
+        let mut cargo = cargo_test(cmd::tied(cmd::cargo_program()), arguments, test)
             // What cargo runs does not end with it, but with its group.
             .process_group(0)
             .spawn()
@@ -81,10 +107,20 @@ fn unit(test: &TestArgs) -> Result<()> {
         if !cmd::wait(&mut cargo, cmd::GRACE)?.success() {
             bail!("tests failed");
         }
-        Ok(())
-    };
-    run(&["--workspace", "--exclude", END_TO_END])?;
-    run(&["--package", END_TO_END, "--lib"])
+    }
+    Ok(())
+}
+
+/// Whether there is a test that boots no guest with such a name.
+fn has_unit(test: &TestArgs) -> Result<bool> {
+    for arguments in UNIT {
+        let mut cargo = cargo_test(cmd::cargo(), arguments, test);
+        let list = cmd::output(cargo.args(["--list", "--format", "terse"]))?;
+        if list.lines().any(|line| line.ends_with(": test")) {
+            return Ok(true);
+        }
+    }
+    Ok(false)
 }
 
 /// Builds the program of the tests that boot guests. Optimized: the harness is part of it.
@@ -126,7 +162,7 @@ fn workers(ready: &Ready) -> usize {
     crate::cpus().min(fit).clamp(1, WORKERS)
 }
 
-fn end_to_end(cache: &Cache, ready: &Ready, test: &TestArgs) -> Result<()> {
+fn end_to_end(cache: &Cache, ready: &Ready, test: &TestArgs) -> Result<usize> {
     ready.kvm.announce();
     let artefacts = ready.target.join("artefacts");
     fs::create_dir_all(&artefacts)
