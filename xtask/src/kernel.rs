@@ -276,8 +276,12 @@ impl Files {
 
 /// Fetches the packages of the newest complete kernel into `tmp/debs`.
 fn download(root: &BuildRoot, tmp: &Path, step: &mut Step) -> Result<()> {
+    // The archive is the one that is named now, which need not be the one that the root was made from.
+    let sources = root::sources(&root::SUITES).join("\n") + "\n";
+    fs::write(tmp.join("sources.list"), sources)?;
     let apt_options = format!(
-        "-o APT::Sandbox::User=root -o Acquire::Retries=3 -o Acquire::Languages=none \
+        "-o Dir::Etc::SourceList={work}/sources.list -o Dir::Etc::SourceParts=/dev/null \
+         -o APT::Sandbox::User=root -o Acquire::Retries=3 -o Acquire::Languages=none \
          -o Dir::State::Lists={work}/lists -o Dir::Cache={work}/cache",
         work = root::WORK
     );
@@ -301,7 +305,8 @@ fn download(root: &BuildRoot, tmp: &Path, step: &mut Step) -> Result<()> {
         .map(|name| root::quote(&format!("{name}={}", choice.version)))
         .collect();
     root.script(format!(
-        "cd {work}/debs; apt-get {apt_options} download {}; rm -rf ../lists ../cache ../Packages",
+        "cd {work}/debs; apt-get {apt_options} download {}\n\
+         cd ..; rm -rf lists cache Packages sources.list",
         names.join(" "),
         work = root::WORK
     ))

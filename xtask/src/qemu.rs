@@ -116,8 +116,8 @@ pub fn ensure(cache: &Cache) -> Result<Qemu> {
         expected_lines: 300,
     };
     let path = cache.get(&recipe, |tmp, step| {
-        let suites = ["trixie", "trixie-updates", "trixie-backports"];
-        let mut command = root::unpack(PACKAGES, &tmp.join("root"), &suites, "trixie-backports");
+        let target = tmp.join("root");
+        let mut command = root::unpack(PACKAGES, &target, &root::SUITES, "trixie-backports");
         cmd::run_logged(&mut command, step)?;
         let program = tmp.join("root").join(PROGRAM);
         let mut bytes = fs::read(&program).context("cannot read QEMU")?;

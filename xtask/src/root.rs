@@ -34,9 +34,17 @@ pub const WORK: &str = "/viridian/work";
 /// One more input.
 pub const EXTRA: &str = "/viridian/extra";
 
-/// The archive that packages come from.
-pub fn mirror() -> String {
-    std::env::var("VIRIDIAN_MIRROR").unwrap_or_else(|_| "http://deb.debian.org/debian".to_owned())
+/// The suites that the root's packages come from.
+pub const SUITES: [&str; 3] = ["trixie", "trixie-updates", "trixie-backports"];
+
+/// Lines for apt that name the archive that packages come from.
+pub fn sources(suites: &[&str]) -> Vec<String> {
+    let mirror = std::env::var("VIRIDIAN_MIRROR")
+        .unwrap_or_else(|_| "http://deb.debian.org/debian".to_owned());
+    suites
+        .iter()
+        .map(|suite| format!("deb {mirror} {suite} main"))
+        .collect()
 }
 
 /// `mmdebstrap` in namespaces of its own; ends with us.
@@ -66,9 +74,7 @@ fn mmdebstrap(variant: &str, packages: &str) -> Command {
 /// Where to, and from which suites of the archive.
 fn from_archive(command: &mut Command, target: &Path, suites: &[&str]) {
     command.arg("--format=directory").arg("trixie").arg(target);
-    for suite in suites {
-        command.arg(format!("deb {} {suite} main", mirror()));
-    }
+    command.args(sources(suites));
 }
 
 /// Prepares to install packages in a new tree.
@@ -115,9 +121,8 @@ pub fn ensure(cache: &Cache) -> Result<BuildRoot> {
     };
     let key = recipe.key.hex();
     let path = cache.get(&recipe, |tmp, step| {
-        let suites = ["trixie", "trixie-updates", "trixie-backports"];
         cmd::run_logged(
-            &mut install(PACKAGES, &tmp.join("root"), &suites, &hooks),
+            &mut install(PACKAGES, &tmp.join("root"), &SUITES, &hooks),
             step,
         )
     })?;
