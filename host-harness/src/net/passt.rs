@@ -95,6 +95,8 @@ impl Passt {
         if !started.map_err(system)? {
             // It has ended, or does now.
             let _ = program.kill();
+            // If that was a script, passt itself ends with its socket, and what it says with it.
+            drop(here);
             let mut text = String::new();
             if let Some(mut stderr) = program.stderr.take() {
                 let _ = stderr.read_to_string(&mut text);
@@ -309,5 +311,33 @@ impl Backend for Passt {
                 Err(error) => return Err(error.into()),
             }
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::os::unix::fs::PermissionsExt;
+    use std::time::Instant;
+
+    use super::*;
+
+    #[test]
+    fn a_script_around_a_passt_that_does_not_start_is_quoted() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("passt");
+        // Arguments: ... --fd 7 --pid /dev/fd/8, at the end.
+        let script = "#!/bin/bash\nwhile [ \"$1\" != --fd ]; do shift; done; ready=${4##*/}\n\
+                      eval \"timeout 30 cat <&$2 $ready>&- &\"; echo 'No luck' >&2\n\
+                      eval \"exec $ready>&-\"; wait\n";
+        std::fs::write(&path, script).unwrap();
+        std::fs::set_permissions(&path, std::fs::Permissions::from_mode(0o755)).unwrap();
+        let options = PasstOptions {
+            program: Some(path),
+            ..PasstOptions::default()
+        };
+        let begun = Instant::now();
+        let error = Passt::start(&options, 1500).err().unwrap().to_string();
+        assert_eq!(error, "passt: No luck");
+        assert!(begun.elapsed() < Duration::from_secs(15));
     }
 }
