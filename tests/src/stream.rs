@@ -2,10 +2,11 @@
 
 //! TCP connections between a guest and the test, for data that both sides hash.
 
-use std::io::{BufRead, BufReader, Read, Write};
+use std::io::{BufRead, BufReader, ErrorKind, Read, Write};
 use std::net::{Shutdown, TcpListener, TcpStream};
 use std::sync::{Arc, Barrier};
 use std::thread::JoinHandle;
+use std::time::{Duration, Instant};
 
 use anyhow::{Result, anyhow, ensure};
 use sha2::{Digest, Sha256};
@@ -39,11 +40,11 @@ pub fn sha256(bytes: &[u8]) -> String {
 pub struct Work<R>(JoinHandle<Result<R>>);
 
 impl<R> Work<R> {
-    /// Wait for its end. Without a connection there is none: let the guest connect before.
+    /// Wait for its end.
     ///
     /// # Errors
     ///
-    /// When something went wrong on a connection.
+    /// When something went wrong on a connection, or none came within [`COMMAND`].
     pub fn join(self) -> Result<R> {
         self.0
             .join()
@@ -74,7 +75,23 @@ impl Listener {
     }
 
     fn accept(&self) -> Result<TcpStream> {
-        let (stream, _) = self.0.accept()?;
+        self.accept_within(COMMAND)
+    }
+
+    fn accept_within(&self, limit: Duration) -> Result<TcpStream> {
+        let deadline = Instant::now() + limit;
+        self.0.set_nonblocking(true)?;
+        let stream = loop {
+            match self.0.accept() {
+                Ok((stream, _)) => break stream,
+                Err(error) if error.kind() == ErrorKind::WouldBlock => {
+                    ensure!(Instant::now() < deadline, "nobody connects");
+                    std::thread::sleep(Duration::from_millis(5));
+                }
+                Err(error) => return Err(error.into()),
+            }
+        };
+        stream.set_nonblocking(false)?;
         stream.set_read_timeout(Some(COMMAND))?;
         stream.set_write_timeout(Some(COMMAND))?;
         Ok(stream)
@@ -100,8 +117,10 @@ impl Listener {
                 let barrier = Arc::clone(&all_are_there);
                 threads.push(Work(std::thread::spawn(move || {
                     let mut line = String::new();
-                    BufReader::new(&stream).read_line(&mut line)?;
+                    let read = BufReader::new(&stream).read_line(&mut line);
+                    // The others wait for this one, whatever has come.
                     barrier.wait();
+                    read?;
                     send(stream, format!("answer to {line}").as_bytes())
                 })));
             }
@@ -127,4 +146,29 @@ fn send(mut stream: TcpStream, bytes: &[u8]) -> Result<()> {
         rest.len()
     );
     Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_connection_is_waited_for_with_a_limit() {
+        let listener = Listener::new("127.0.0.1").unwrap();
+        let error = listener.accept_within(Duration::from_millis(50));
+        assert_eq!(error.err().unwrap().to_string(), "nobody connects");
+    }
+
+    #[test]
+    fn data_arrives() {
+        let listener = Listener::new("127.0.0.1").unwrap();
+        let port = listener.port().unwrap();
+        let received = listener.receive();
+        let mut stream = TcpStream::connect(("127.0.0.1", port)).unwrap();
+        // It comes later than the connection, which must not be in a hurry.
+        std::thread::sleep(Duration::from_millis(100));
+        stream.write_all(b"abc").unwrap();
+        drop(stream);
+        assert_eq!(received.join().unwrap(), b"abc");
+    }
 }
