@@ -273,13 +273,14 @@ fn own_program() -> Result<String> {
 
 /// Our environment, for a command in the L1 VM.
 fn environment() -> Vec<(String, String)> {
-    textual(std::env::vars_os())
+    usable_in_l1(std::env::vars_os())
 }
 
-/// Those variables that are text.
-fn textual(variables: impl Iterator<Item = (OsString, OsString)>) -> Vec<(String, String)> {
+/// Those variables that are text and mean something there: of places for temporary files it has only /tmp.
+fn usable_in_l1(variables: impl Iterator<Item = (OsString, OsString)>) -> Vec<(String, String)> {
     variables
         .filter_map(|(name, value)| Some((name.into_string().ok()?, value.into_string().ok()?)))
+        .filter(|(name, _)| name != "TMPDIR")
         .collect()
 }
 
@@ -461,15 +462,16 @@ mod tests {
     }
 
     #[test]
-    fn variables_that_are_no_text_are_left_out() {
+    fn variables_that_mean_nothing_in_the_l1_are_left_out() {
         use std::os::unix::ffi::OsStringExt;
         let broken = || OsString::from_vec(vec![0xff]);
         let all = [
             ("A".into(), "b".into()),
             ("C".into(), broken()),
             (broken(), "d".into()),
+            ("TMPDIR".into(), "/var/tmp".into()),
         ];
-        assert_eq!(textual(all.into_iter()), [("A".into(), "b".into())]);
+        assert_eq!(usable_in_l1(all.into_iter()), [("A".into(), "b".into())]);
     }
 
     #[test]
