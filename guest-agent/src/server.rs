@@ -3,23 +3,21 @@
 //! The guest's end: reads requests, runs commands, reports what they print.
 
 use std::collections::HashMap;
-use std::io::{self, BufRead, BufReader, Read, Write};
+use std::io::{self, BufRead, BufReader, PipeReader, Read, Write};
+use std::os::fd::AsFd;
 use std::os::unix::process::{CommandExt, ExitStatusExt};
 use std::process::{Child, Command, Stdio};
-use std::sync::mpsc::{self, Receiver, SyncSender};
+use std::sync::mpsc::{self, SyncSender};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::thread;
-use std::time::Duration;
 
+use rustix::event::{PollFd, PollFlags, poll};
 use rustix::process::{Pid, Signal, kill_process_group};
 
 use crate::{Event, Request};
 
-/// How long output is still read after the command's end, when a child of it keeps the pipe open.
-const OUTPUT_GRACE: Duration = Duration::from_millis(200);
-
-/// How many pieces of output wait for the port, and as many of each command: beyond that a command waits. The host
-/// always reads, whatever it does besides, so a full queue gets empty.
+/// How many pieces of output wait for the port: beyond that a command waits. The host always reads, whatever it does
+/// besides, so a full queue gets empty.
 const QUEUE: usize = 64;
 
 type Groups = Arc<Mutex<HashMap<u64, Pid>>>;
@@ -98,35 +96,28 @@ fn run(id: u64, command: &str, events: &SyncSender<Event>, groups: &Groups) {
 
 /// Forwards a command's output and reports its end.
 fn attend(id: u64, mut child: Child, events: &SyncSender<Event>, groups: &Groups) {
-    let (pieces, output) = mpsc::sync_channel(QUEUE);
-    if let Some(stdout) = child.stdout.take() {
-        forward(stdout, pieces.clone(), move |text| Event::Stdout {
-            id,
-            text,
-        });
-    }
-    if let Some(stderr) = child.stderr.take() {
-        forward(stderr, pieces.clone(), move |text| Event::Stderr {
-            id,
-            text,
-        });
-    }
-    drop(pieces);
-
-    let (ended, end) = mpsc::channel();
-    let waiter = thread::spawn(move || {
-        let status = child.wait();
-        _ = ended.send(());
-        status
-    });
-    // Until both pipes are closed, or, when a background process holds them, until the command has ended.
-    pump(&output, &end, events);
-    let status = match waiter.join() {
-        Ok(Ok(status)) => status
-            .code()
-            .unwrap_or_else(|| 128 + status.signal().unwrap_or(0)),
-        _ => 127,
+    let status = match io::pipe() {
+        Ok((ended, end)) => thread::scope(|scope| {
+            let ended = &ended;
+            if let Some(stdout) = child.stdout.take() {
+                let event = move |text| Event::Stdout { id, text };
+                scope.spawn(move || forward(stdout, ended, events, event));
+            }
+            if let Some(stderr) = child.stderr.take() {
+                let event = move |text| Event::Stderr { id, text };
+                scope.spawn(move || forward(stderr, ended, events, event));
+            }
+            let status = child.wait();
+            drop(end);
+            status
+        }),
+        Err(error) => Err(error),
     };
+    let status = status.map_or(127, |status| {
+        status
+            .code()
+            .unwrap_or_else(|| 128 + status.signal().unwrap_or(0))
+    });
     groups
         .lock()
         .unwrap_or_else(PoisonError::into_inner)
@@ -134,42 +125,50 @@ fn attend(id: u64, mut child: Child, events: &SyncSender<Event>, groups: &Groups
     _ = events.send(Event::Exit { id, status });
 }
 
-fn pump(output: &Receiver<Event>, end: &Receiver<()>, events: &SyncSender<Event>) {
-    let mut ended = false;
-    loop {
-        match output.recv_timeout(OUTPUT_GRACE) {
-            Ok(event) => _ = events.send(event),
-            Err(mpsc::RecvTimeoutError::Disconnected) => return,
-            Err(mpsc::RecvTimeoutError::Timeout) if ended => return,
-            Err(mpsc::RecvTimeoutError::Timeout) => {}
-        }
-        ended |= end.try_recv().is_ok();
-    }
-}
+/// The most that a command can have left in a pipe.
+const PIPE_SIZE: usize = 1 << 16;
 
+/// Forwards what comes out of `pipe` until that is closed; or, when a background process holds it, until all has been
+/// read that was in it when the command ended: when the other end of `ended` was closed.
 fn forward(
-    mut pipe: impl Read + Send + 'static,
-    pieces: SyncSender<Event>,
-    event: impl Fn(String) -> Event + Send + 'static,
+    mut pipe: impl Read + AsFd,
+    ended: &PipeReader,
+    events: &SyncSender<Event>,
+    event: impl Fn(String) -> Event,
 ) {
-    thread::spawn(move || {
-        let mut buffer = [0; 4096];
-        let mut pending = Vec::new();
-        loop {
-            let count = match pipe.read(&mut buffer) {
-                Ok(0) | Err(_) => break,
-                Ok(count) => count,
-            };
-            pending.extend_from_slice(&buffer[..count]);
-            let text = take_text(&mut pending);
-            if !text.is_empty() && pieces.send(event(text)).is_err() {
-                return;
+    let mut buffer = [0; 4096];
+    let mut pending = Vec::new();
+    let mut left = PIPE_SIZE;
+    while left > 0 {
+        let (has_data, has_ended) = {
+            let mut fds = [
+                PollFd::new(&pipe, PollFlags::IN),
+                PollFd::new(ended, PollFlags::empty()),
+            ];
+            if poll(&mut fds, None).is_err() {
+                continue;
             }
+            (!fds[0].revents().is_empty(), !fds[1].revents().is_empty())
+        };
+        if !has_data {
+            break;
         }
-        if !pending.is_empty() {
-            _ = pieces.send(event(String::from_utf8_lossy(&pending).into_owned()));
+        let count = match pipe.read(&mut buffer) {
+            Ok(0) | Err(_) => break,
+            Ok(count) => count,
+        };
+        if has_ended {
+            left = left.saturating_sub(count);
         }
-    });
+        pending.extend_from_slice(&buffer[..count]);
+        let text = take_text(&mut pending);
+        if !text.is_empty() && events.send(event(text)).is_err() {
+            return;
+        }
+    }
+    if !pending.is_empty() {
+        _ = events.send(event(String::from_utf8_lossy(&pending).into_owned()));
+    }
 }
 
 /// Takes all whole characters out of `bytes`; a character cut at the end stays for the next piece.

@@ -121,6 +121,14 @@ fn a_background_process_does_not_hold_the_end_back() {
         .run("sleep 300 & echo started", SOON)
         .expect("run");
     assert_eq!((output.status, output.stdout.as_str()), (0, "started\n"));
+    // Whether it is silent or not, what the command has printed is whole.
+    for background in ["sleep 5", "timeout 5 yes"] {
+        let command = format!("seq 1 9000; {background} &");
+        let output = session().run(&command, SOON).expect("run");
+        let expected: String = (1..=9000).map(|n| format!("{n}\n")).collect();
+        assert_eq!(output.status, 0);
+        assert!(output.stdout.starts_with(&expected), "{background}");
+    }
 }
 
 #[test]
