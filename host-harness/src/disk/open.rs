@@ -69,10 +69,7 @@ pub fn open(options: &DiskOptions) -> Result<OpenDisk, OpenError> {
         ),
     };
     let disk: Box<dyn Disk> = if options.snapshot && !options.read_only {
-        Box::new(
-            SnapshotDisk::new(base)
-                .map_err(|e| error(format!("no temporary file for snapshot=on: {e}")))?,
-        )
+        Box::new(SnapshotDisk::new(base).map_err(|e| error(format!("snapshot=on: {e}")))?)
     } else {
         base
     };

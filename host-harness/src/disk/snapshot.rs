@@ -13,6 +13,10 @@ use std::sync::{PoisonError, RwLock, RwLockReadGuard, RwLockWriteGuard};
 /// The unit in which the layer knows whether it has the data, in bytes.
 const GRAIN: u64 = 4096;
 
+/// The largest disk: ext4 has no larger files for the layer. Its map takes 512 MiB of addresses,
+/// and memory only where the guest writes.
+const MAX_SIZE: u64 = 16 << 40;
+
 /// A disk whose changes are kept apart and forgotten.
 pub struct SnapshotDisk {
     base: Box<dyn Disk>,
@@ -61,15 +65,27 @@ fn grains(offset: u64, len: u64) -> Range<u64> {
     offset / GRAIN..(offset + len).div_ceil(GRAIN)
 }
 
+/// Refuses a size whose map would take all memory.
+fn check_size(size: u64) -> Result<(), DiskError> {
+    if size > MAX_SIZE {
+        return Err(DiskError::Unsupported(format!(
+            "{size} bytes are more than a disk with snapshot=on can have ({MAX_SIZE})"
+        )));
+    }
+    Ok(())
+}
+
 impl SnapshotDisk {
     /// A layer over `base`, in a temporary file in the system's folder for such files (`TMPDIR`).
     ///
     /// # Errors
-    /// The temporary file cannot be made.
-    pub fn new(base: Box<dyn Disk>) -> io::Result<Self> {
+    /// The disk is larger than 16 TiB, or the temporary file cannot be made.
+    pub fn new(base: Box<dyn Disk>) -> Result<Self, DiskError> {
         let size = base.size();
+        check_size(size)?;
         Ok(Self {
-            layer: tempfile::tempfile()?,
+            layer: tempfile::tempfile()
+                .map_err(|e| io::Error::new(e.kind(), format!("no temporary file: {e}")))?,
             state: RwLock::new(State {
                 present: vec![0; State::words(size)],
                 size,
@@ -216,6 +232,7 @@ impl Disk for SnapshotDisk {
                 "{size} bytes are not a multiple of {SECTOR}"
             )));
         }
+        check_size(size)?;
         let mut state = self.alone();
         if size < state.size {
             // What is cut off must not come back: neither from the base nor from the layer.
@@ -225,7 +242,17 @@ impl Disk for SnapshotDisk {
                 state.clear(grain);
             }
         }
-        state.present.resize(State::words(size), 0);
+        let words = State::words(size);
+        if words > state.present.len() {
+            // A new map, because growing the old one would touch all of its memory.
+            let mut present = vec![0; words];
+            for (new, old) in present.iter_mut().zip(&state.present) {
+                *new = *old;
+            }
+            state.present = present;
+        } else {
+            state.present.truncate(words);
+        }
         state.size = size;
         Ok(())
     }
