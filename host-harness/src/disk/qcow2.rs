@@ -15,6 +15,7 @@ use imago::qcow2::Qcow2;
 use imago::{FormatAccess, FormatDriverBuilder, PermissiveImplicitOpenGate};
 use std::fs::File;
 use std::io;
+use std::os::unix::fs::FileExt;
 use std::path::Path;
 use std::sync::{PoisonError, RwLock, RwLockReadGuard, RwLockWriteGuard};
 
@@ -23,8 +24,75 @@ pub struct Qcow2Disk {
     /// Requests share it; what moves data about (unmap, resize) takes it alone.
     image: RwLock<FormatAccess<ImagoFile>>,
     read_only: bool,
+    header: Header,
     /// Keeps the lock on the image, which imago does not take.
     _locked: File,
+}
+
+/// What of an image's header decides how space is given back.
+#[derive(Debug, Clone, Copy)]
+struct Header {
+    /// Version 2 (`compat=0.10`) has no clusters that read as zeroes whatever is below them.
+    has_zero_clusters: bool,
+    /// Size of a cluster in bytes.
+    cluster: u64,
+    /// There is a file below.
+    has_backing: bool,
+}
+
+impl Header {
+    /// Reads it from an image that is known to be sound.
+    fn read(file: &File) -> io::Result<Self> {
+        // Magic, version, offset and length of the name of the file below, bits of a cluster.
+        let mut start = [0; 24];
+        file.read_exact_at(&mut start, 0)?;
+        let [
+            _,
+            _,
+            _,
+            _,
+            v0,
+            v1,
+            v2,
+            v3,
+            name @ ..,
+            _,
+            _,
+            _,
+            _,
+            b0,
+            b1,
+            b2,
+            b3,
+        ] = start;
+        let bits = u32::from_be_bytes([b0, b1, b2, b3]);
+        Ok(Self {
+            has_zero_clusters: u32::from_be_bytes([v0, v1, v2, v3]) >= 3,
+            cluster: 1u64.checked_shl(bits).unwrap_or(1),
+            has_backing: name != [0; 8],
+        })
+    }
+}
+
+/// How much is zeroed at a time where zeroes must be written.
+const PIECE: u64 = 1 << 20;
+
+/// Writes zeroes where the image has something else.
+fn write_zeroes(image: &FormatAccess<ImagoFile>, offset: u64, len: u64) -> io::Result<()> {
+    let mut bytes = vec![0; len.min(PIECE) as usize];
+    let end = offset + len;
+    let mut at = offset;
+    while at < end {
+        let n = (end - at).min(PIECE);
+        let piece = bytes.get_mut(..n as usize).unwrap_or_default();
+        image.read(&mut *piece, at)?;
+        if piece.iter().any(|byte| *byte != 0) {
+            piece.fill(0);
+            image.write(&*piece, at)?;
+        }
+        at += n;
+    }
+    Ok(())
 }
 
 impl Qcow2Disk {
@@ -50,6 +118,7 @@ impl Qcow2Disk {
         Ok(Self {
             image: RwLock::new(image),
             read_only,
+            header: Header::read(&locked)?,
             _locked: locked,
         })
     }
@@ -68,6 +137,28 @@ impl Qcow2Disk {
             return Err(DiskError::ReadOnly);
         }
         Ok(())
+    }
+
+    /// Makes a range read as zeroes, and gives its space back as far as the image can do that.
+    fn clear(&self, image: &mut FormatAccess<ImagoFile>, offset: u64, len: u64) -> io::Result<()> {
+        let Header {
+            has_zero_clusters,
+            cluster,
+            has_backing,
+        } = self.header;
+        if has_zero_clusters {
+            return image.discard_to_zero(offset, len);
+        }
+        if has_backing {
+            return write_zeroes(image, offset, len);
+        }
+        // Clusters that are not there read as zeroes; what is left are parts of clusters.
+        image.discard_to_backing(offset, len)?;
+        let end = offset + len;
+        let head = offset.next_multiple_of(cluster).min(end);
+        let tail = (end - end % cluster).max(head);
+        write_zeroes(image, offset, head - offset)?;
+        write_zeroes(image, tail, end - tail)
     }
 }
 
@@ -101,10 +192,13 @@ impl Disk for Qcow2Disk {
         if unmap {
             let mut image = self.alone();
             check_range(image.size(), offset, len)?;
-            Ok(image.discard_to_zero(offset, len)?)
+            Ok(self.clear(&mut image, offset, len)?)
         } else {
             let image = self.shared();
             check_range(image.size(), offset, len)?;
+            if !self.header.has_zero_clusters {
+                return Ok(write_zeroes(&image, offset, len)?);
+            }
             Ok(image.write_zeroes(offset, len)?)
         }
     }
@@ -131,8 +225,17 @@ impl Disk for Qcow2Disk {
         if size < old_size {
             // imago keeps what is cut off inside the last cluster, and it would come back when
             // the disk grows again.
-            image.discard_to_zero(size, old_size - size)?;
+            let end = size.next_multiple_of(self.header.cluster).min(old_size);
+            self.clear(&mut image, size, end - size)?;
         }
-        Ok(image.resize(size, PreallocateMode::None)?)
+        image.resize(size, PreallocateMode::None)?;
+        if size > old_size && self.header.has_backing {
+            // What the file below has there was cut off, or is longer than this disk was.
+            if let Err(error) = self.clear(&mut image, old_size, size - old_size) {
+                image.resize(old_size, PreallocateMode::None)?;
+                return Err(error.into());
+            }
+        }
+        Ok(())
     }
 }

@@ -362,6 +362,101 @@ fn qcow2_backing_file_shows_through() {
     assert!(std::fs::read(&base).expect("base") == pattern(5, MIB as usize));
 }
 
+/// Makes an image in the old version of qcow2, with a file below if one is named.
+fn make_old_qcow2(path: &Path, size: u64, base: Option<&str>) {
+    let size = size.to_string();
+    let mut args = vec!["create", "-q", "-f", "qcow2", "-o", "compat=0.10"];
+    if let Some(base) = base {
+        args.extend(["-F", "raw", "-b", base]);
+    }
+    args.extend([text(path), &size]);
+    qemu_img(&args);
+}
+
+#[test]
+fn qcow2_of_the_old_version_can_be_zeroed_and_resized() {
+    let dir = TempDir::new().expect("folder");
+    let base = dir.path().join("base.img");
+    std::fs::write(&base, pattern(5, 4 * MIB as usize)).expect("base");
+    for base in [None, Some("base.img")] {
+        for unmap in [true, false] {
+            let path = dir.path().join("old.qcow2");
+            make_old_qcow2(&path, 4 * MIB, base);
+            let disk = open(&DiskOptions::new(&path)).expect("open").disk;
+            let mut model = pattern(1, 4 * MIB as usize);
+            write(&*disk, 0, &model);
+            let space = || std::fs::metadata(&path).expect("metadata").len();
+            disk.zero_at(4096, 2 * MIB, unmap).expect("zero");
+            model[4096..4096 + 2 * MIB as usize].fill(0);
+            assert!(read(&*disk, 0, model.len()) == model);
+            if unmap && base.is_none() {
+                // The freed clusters are used again.
+                let before = space();
+                write(&*disk, MIB, &pattern(2, MIB as usize));
+                model[MIB as usize..2 * MIB as usize].copy_from_slice(&pattern(2, MIB as usize));
+                disk.flush().expect("flush");
+                assert_eq!(space(), before);
+            }
+            disk.resize(3 * MIB - 512).expect("shrink");
+            disk.resize(4 * MIB).expect("grow");
+            model[3 * MIB as usize - 512..].fill(0);
+            assert!(read(&*disk, 0, model.len()) == model, "{base:?} {unmap}");
+            drop(disk);
+            qemu_img(&["check", "-q", "-f", "qcow2", text(&path)]);
+        }
+    }
+}
+
+#[test]
+fn new_space_of_a_qcow2_hides_the_backing_file() {
+    let dir = TempDir::new().expect("folder");
+    let base = dir.path().join("base.img");
+    std::fs::write(&base, pattern(5, 4 * MIB as usize)).expect("base");
+    for old in [false, true] {
+        // Smaller than its base.
+        let path = dir.path().join("top.qcow2");
+        if old {
+            make_old_qcow2(&path, 2 * MIB, Some("base.img"));
+        } else {
+            let size = (2 * MIB).to_string();
+            let mut args = vec!["create", "-q", "-f", "qcow2", "-F", "raw", "-b", "base.img"];
+            args.extend([text(&path), &size]);
+            qemu_img(&args);
+        }
+        let disk = open(&DiskOptions::new(&path)).expect("open").disk;
+        let mut model = pattern(5, 4 * MIB as usize);
+        model.resize(5 * MIB as usize, 0);
+        for cut in [2 * MIB, MIB + 512] {
+            disk.resize(cut).expect("shrink");
+            disk.resize(5 * MIB).expect("grow");
+            model[cut as usize..].fill(0);
+            assert!(read(&*disk, 0, model.len()) == model, "{old} {cut}");
+        }
+        drop(disk);
+        qemu_img(&["check", "-q", "-f", "qcow2", text(&path)]);
+    }
+}
+
+#[test]
+fn a_snapshot_has_a_largest_size() {
+    let dir = TempDir::new().expect("folder");
+    let path = make(dir.path(), "img", MIB);
+    let disk = open(&options(&format!("path={},snapshot=on", text(&path))))
+        .expect("open")
+        .disk;
+    write(&*disk, 0, &pattern(1, 4096));
+    assert!(matches!(
+        disk.resize(4000 << 40),
+        Err(DiskError::Unsupported(_))
+    ));
+    assert_eq!(disk.size(), MIB);
+    disk.resize(16 << 40).expect("the largest");
+    assert!(read(&*disk, 0, 4096) == pattern(1, 4096));
+    write(&*disk, 15 << 40, &pattern(2, 512));
+    disk.resize(MIB).expect("shrink");
+    assert!(read(&*disk, 0, 4096) == pattern(1, 4096));
+}
+
 #[test]
 fn vhd_survives_the_loss_of_its_last_footer() {
     let dir = TempDir::new().expect("folder");
