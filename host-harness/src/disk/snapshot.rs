@@ -238,7 +238,8 @@ impl Disk for SnapshotDisk {
             // What is cut off must not come back: neither from the base nor from the layer.
             state.base_size = state.base_size.min(size);
             self.layer.set_len(size)?;
-            for grain in size.div_ceil(GRAIN)..state.size.div_ceil(GRAIN) {
+            // Only in the last word of the map; the words after it go.
+            for grain in size.div_ceil(GRAIN)..State::words(size) as u64 * 64 {
                 state.clear(grain);
             }
         }
