@@ -255,6 +255,34 @@ impl Guest {
     }
 }
 
+/// What was ordered while a machine was reset.
+struct OrdersAfterReset {
+    /// Whether the new machine begins paused.
+    paused: bool,
+    /// Those who wait until it does, or runs.
+    waiting: Vec<Sender<()>>,
+}
+
+/// Takes all orders for a machine that was `paused` before its reset. Events of the old machine
+/// mean nothing to the new one; what the operator wants does. `None` if that is to stop.
+fn orders_after_reset(ordered: &Receiver<Order>, paused: bool) -> Option<OrdersAfterReset> {
+    let mut orders = OrdersAfterReset {
+        paused,
+        waiting: Vec::new(),
+    };
+    while let Ok(order) = ordered.try_recv() {
+        let (paused, done) = match order {
+            Order::Vcpu(_) => continue,
+            Order::Stop => return None,
+            Order::Pause(done) => (true, done),
+            Order::Resume(done) => (false, done),
+        };
+        orders.paused = paused;
+        orders.waiting.push(done);
+    }
+    Some(orders)
+}
+
 /// What the control thread is told.
 #[cfg_attr(test, derive(Debug))]
 pub(crate) enum Order {
@@ -354,7 +382,7 @@ impl Vm {
     /// # Errors
     /// [`VmError::System`] when KVM or the host refuses.
     pub fn start(mut self) -> Result<VmHandle, VmError> {
-        let vcpus = self.power_on()?;
+        let vcpus = self.power_on(false)?;
         let shared = Arc::new(Shared {
             synic: self.synic.clone(),
             devices: self.devices.clone(),
@@ -394,8 +422,8 @@ impl Vm {
         })
     }
 
-    /// Makes a machine, loads the guest and starts its vCPUs.
-    fn power_on(&mut self) -> Result<Vcpus, VmError> {
+    /// Makes a machine, loads the guest and starts its vCPUs, which wait first if it is paused.
+    fn power_on(&mut self, paused: bool) -> Result<Vcpus, VmError> {
         let machine = Machine::new(
             &self.kvm,
             &self.memory,
@@ -428,7 +456,7 @@ impl Vm {
                 },
             })
             .collect();
-        Vcpus::start(contexts)
+        Vcpus::start(contexts, paused)
     }
 
     /// Stops the vCPUs, then the server's channels, then cuts the SynIC off.
@@ -449,24 +477,31 @@ impl Vm {
                 Ok(ExitReason::Reset) if self.reboot => {
                     tracing::info!("the guest resets itself");
                     self.resets.add(1);
-                    // Events of the old machine mean nothing to the new one; an order to stop does.
-                    let mut stop = false;
-                    while let Ok(order) = self.ordered.try_recv() {
-                        match order {
-                            Order::Vcpu(_) => {}
-                            Order::Pause(done) | Order::Resume(done) => drop(done),
-                            Order::Stop => stop = true,
-                        }
-                    }
-                    if stop {
+                    let was_paused = shared.phase().state == RunState::Paused;
+                    let Some(orders) = orders_after_reset(&self.ordered, was_paused) else {
                         return Ok(ExitReason::Stopped);
-                    }
+                    };
                     for port in self.devices.serial().iter().flatten() {
                         port.reset()?;
                     }
-                    vcpus = self.power_on()?;
-                    *shared.phase() = Phase::default();
+                    vcpus = self.power_on(orders.paused)?;
+                    *shared.phase() = Phase {
+                        state: if was_paused {
+                            RunState::Paused
+                        } else {
+                            RunState::Running
+                        },
+                        ..Phase::default()
+                    };
                     self.events.publish(Event::Reset);
+                    match orders.paused {
+                        true => self.change(shared, RunState::Paused, Event::Paused),
+                        false => self.change(shared, RunState::Running, Event::Resumed),
+                    }
+                    for done in orders.waiting {
+                        // The one who asked may not wait for it.
+                        let _ = done.send(());
+                    }
                 }
                 end => return end,
             }
@@ -658,5 +693,32 @@ impl Drop for EomThread {
         {
             tracing::error!("the EOM thread panicked");
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_reset_keeps_what_the_operator_ordered() {
+        let (orders, ordered) = channel();
+        let paused = |was| orders_after_reset(&ordered, was).map(|after| after.paused);
+        assert_eq!(paused(false), Some(false));
+        assert_eq!(paused(true), Some(true));
+        let (done, wait) = channel();
+        orders.send(Order::Vcpu(VcpuEvent::Reset)).unwrap();
+        orders.send(Order::Pause(done)).unwrap();
+        let after = orders_after_reset(&ordered, false).unwrap();
+        assert!(after.paused);
+        // Only when the new machine is paused.
+        assert!(wait.try_recv().is_err());
+        after.waiting.iter().for_each(|done| done.send(()).unwrap());
+        wait.recv().unwrap();
+        orders.send(Order::Pause(channel().0)).unwrap();
+        orders.send(Order::Resume(channel().0)).unwrap();
+        assert_eq!(paused(true), Some(false));
+        orders.send(Order::Stop).unwrap();
+        assert_eq!(paused(false), None);
     }
 }

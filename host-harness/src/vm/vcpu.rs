@@ -129,11 +129,11 @@ pub struct Vcpus {
 }
 
 impl Vcpus {
-    /// Starts a thread for each vCPU.
+    /// Starts a thread for each vCPU; if `paused`, none runs the guest before [`Vcpus::resume`].
     ///
     /// # Errors
     /// [`VmError::System`] when the host has no more threads.
-    pub fn start(contexts: Vec<VcpuContext>) -> Result<Vcpus, VmError> {
+    pub fn start(contexts: Vec<VcpuContext>, paused: bool) -> Result<Vcpus, VmError> {
         extern "C" fn nothing(_: c_int, _: *mut libc::siginfo_t, _: *mut c_void) {}
         // The signal's only purpose is to make KVM_RUN return.
         register_signal_handler(SIGRTMIN(), nothing)
@@ -142,6 +142,9 @@ impl Vcpus {
             gate: Arc::default(),
             threads: Vec::with_capacity(contexts.len()),
         };
+        if paused {
+            vcpus.gate.set(PAUSE);
+        }
         for context in contexts {
             let gate = vcpus.gate.clone();
             let thread = thread::Builder::new()
