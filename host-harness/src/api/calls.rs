@@ -91,7 +91,9 @@ impl From<InputError> for Failure {
         let text = error.to_string();
         match error {
             InputError::Impossible(_) => bad_body(text),
-            InputError::Port(_) | InputError::NotReady => Self(Status::CONFLICT, text),
+            InputError::Port(_) | InputError::NotReady | InputError::Busy | InputError::Slow(_) => {
+                Self(Status::CONFLICT, text)
+            }
         }
     }
 }

@@ -2,8 +2,8 @@
 
 //! The keyboard: keystrokes to the guest, indicator lights from it.
 
-use std::sync::{Arc, Mutex, MutexGuard};
-use std::time::Duration;
+use std::sync::{Arc, Mutex, MutexGuard, TryLockError};
+use std::time::{Duration, Instant};
 
 use hv_proto::input::keyboard::{HostKeyboard, HostStep, KeyFlags, Keystroke, Leds, VERSION};
 use hv_proto::input::typing::{LEFT_SHIFT, us_key};
@@ -22,6 +22,9 @@ const PACE: Duration = Duration::from_millis(2);
 /// Most characters of a text: what is typed in about a minute.
 pub const MAX_TEXT: usize = 16 << 10;
 
+/// How long a text may take. A guest that takes each keystroke late must not hold up the operator.
+const TEXT_TIMEOUT: Duration = Duration::from_secs(60);
+
 /// Why the operator's input does not reach the guest.
 #[derive(Debug, thiserror::Error)]
 pub enum InputError {
@@ -31,6 +34,12 @@ pub enum InputError {
     /// The handshake is not finished.
     #[error("the guest's driver has not agreed on a version")]
     NotReady,
+    /// Another caller is at it.
+    #[error("another text is being typed")]
+    Busy,
+    /// The guest takes too long; so many characters of the text are typed.
+    #[error("the guest reads too slowly: only {0} characters of the text are typed")]
+    Slow(usize),
     /// It cannot be typed.
     #[error("{0}")]
     Impossible(String),
@@ -101,6 +110,15 @@ struct Inner {
 impl Inner {
     fn state(&self) -> MutexGuard<'_, State> {
         lock(&self.state)
+    }
+
+    /// Does not wait for its turn: a text can take long, and callers are few.
+    fn begin(&self) -> Result<MutexGuard<'_, ()>, InputError> {
+        match self.typing.try_lock() {
+            Ok(guard) => Ok(guard),
+            Err(TryLockError::Poisoned(poisoned)) => Ok(poisoned.into_inner()),
+            Err(TryLockError::WouldBlock) => Err(InputError::Busy),
+        }
     }
 
     fn send(&self, keystroke: Keystroke) -> Result<(), InputError> {
@@ -201,20 +219,33 @@ impl Keyboard {
         &self.0.port
     }
 
+    #[cfg(test)]
+    pub(super) fn typing(&self) -> MutexGuard<'_, ()> {
+        lock(&self.0.typing)
+    }
+
     /// Types a text on a US keyboard, at most [`MAX_TEXT`] characters. What has no key there is
     /// sent as UNICODE keystrokes, which some drivers ignore. Returns when all is sent.
     ///
     /// # Errors
-    /// The guest has no driver, or does not take the keystrokes; a part may be typed then.
+    /// Another text is being typed, the guest has no driver, or it does not take the keystrokes
+    /// within a minute; a part may be typed then.
     pub fn type_text(&self, text: &str) -> Result<(), InputError> {
+        self.type_until(text, Instant::now() + TEXT_TIMEOUT)
+    }
+
+    pub(super) fn type_until(&self, text: &str, deadline: Instant) -> Result<(), InputError> {
         let length = text.chars().count();
         if length > MAX_TEXT {
             return Err(InputError::Impossible(format!(
                 "a text of {length} characters: at most {MAX_TEXT} are possible"
             )));
         }
-        let _typing = lock(&self.0.typing);
-        for character in text.chars() {
+        let _typing = self.0.begin()?;
+        for (typed, character) in text.chars().enumerate() {
+            if Instant::now() >= deadline {
+                return Err(InputError::Slow(typed));
+            }
             self.type_character(character)?;
             std::thread::sleep(PACE);
         }
@@ -250,7 +281,7 @@ impl Keyboard {
     /// # Errors
     /// As [`Keyboard::type_text`].
     pub fn key(&self, keys: &[Key], action: KeyAction) -> Result<(), InputError> {
-        let _typing = lock(&self.0.typing);
+        let _typing = self.0.begin()?;
         let send = |keys: &mut dyn Iterator<Item = &Key>, down| {
             keys.flat_map(|key| key.strokes(down))
                 .try_for_each(|stroke| self.0.send(stroke))

@@ -101,6 +101,21 @@ fn text_is_typed_with_the_keys_of_a_us_keyboard() {
 }
 
 #[test]
+fn a_text_has_an_end_and_others_do_not_wait_for_it() {
+    let (host, _, _rig) = ready_keyboard();
+    let late = host.type_until("a", Instant::now());
+    assert!(matches!(late, Err(InputError::Slow(0))));
+    assert_eq!(host.status().keystrokes, 0);
+    let other = host.typing();
+    assert!(matches!(host.type_text("a"), Err(InputError::Busy)));
+    let chord = Key::chord("a").unwrap();
+    let pressed = host.key(&chord, KeyAction::Press);
+    assert!(matches!(pressed, Err(InputError::Busy)));
+    drop(other);
+    host.key(&chord, KeyAction::Press).unwrap();
+}
+
+#[test]
 fn text_without_keys_is_typed_as_unicode() {
     let (host, mut guest, mut rig) = ready_keyboard();
     host.type_text("ä😀").unwrap();
