@@ -102,7 +102,7 @@ struct Entry {
     number: u8,
     /// Before the NIC: the guest lets go first.
     offer: Option<OfferHandle>,
-    nic: Nic,
+    nic: Arc<Nic>,
 }
 
 #[derive(Default)]
@@ -227,7 +227,7 @@ impl Network {
         let mut entry = Entry {
             number,
             offer: None,
-            nic,
+            nic: Arc::new(nic),
         };
         entry.offer(&name, &state.server)?;
         state.nics.insert(name.clone(), entry);
@@ -250,10 +250,9 @@ impl Network {
     }
 
     fn with_nic<R>(&self, name: &str, f: impl FnOnce(&Nic) -> R) -> Result<R, NetworkError> {
-        let state = self.lock();
-        let entry = state.nics.get(name);
-        entry
-            .map(|entry| f(&entry.nic))
+        // Without the lock, because the guest may have to be waited for.
+        let nic = self.lock().nics.get(name).map(|entry| entry.nic.clone());
+        nic.map(|nic| f(&nic))
             .ok_or_else(|| NetworkError::NoSuchNic(name.into()))
     }
 

@@ -628,18 +628,19 @@ impl Controller {
         (0..u8::MAX).find(|&lun| units.is_none_or(|units| units.unit(lun).is_none()))
     }
 
-    /// Adds a unit and tells the guest. False if the address is taken.
+    /// Adds a unit, of which [`Controller::tell_of_units`] tells the guest. False if the address is
+    /// taken.
     pub fn add(&self, address: LunAddress, unit: Arc<LogicalUnit>) -> bool {
-        let added = self
-            .inner
+        self.inner
             .targets_mut()
             .entry((address.path, address.target))
             .or_default()
-            .add(address.lun, unit);
-        if added {
-            self.inner.notify(Operation::ENUMERATE_BUS);
-        }
-        added
+            .add(address.lun, unit)
+    }
+
+    /// Tells the guest to look for new units. Waits if its ring is full.
+    pub fn tell_of_units(&self) {
+        self.inner.notify(Operation::ENUMERATE_BUS);
     }
 
     /// Takes a unit away, waits for its commands to end, and tells the guest.

@@ -125,8 +125,9 @@ pub struct ControllerStatus {
 }
 
 struct Entry {
-    controller: Controller,
+    /// Before the controller: the guest lets go first.
     offer: Option<OfferHandle>,
+    controller: Arc<Controller>,
 }
 
 struct DiskEntry {
@@ -149,6 +150,9 @@ struct State {
 /// its own on the bus); disks by their `id` option, else `disk0`, `disk1`, ...
 pub struct Storage {
     config: StorageConfig,
+    /// Held while a disk is added, so that two do not get the same name or address.
+    adding: Mutex<()>,
+    /// Never held while anything waits for a guest or for the system.
     state: Mutex<State>,
 }
 
@@ -160,6 +164,7 @@ impl Storage {
     pub fn new(config: StorageConfig) -> Result<Self, StorageError> {
         let storage = Self {
             config,
+            adding: Mutex::default(),
             state: Mutex::default(),
         };
         {
@@ -202,8 +207,8 @@ impl Storage {
                     source,
                 })?;
                 place.insert(Entry {
-                    controller,
                     offer: None,
+                    controller: Arc::new(controller),
                 })
             }
         };
@@ -255,6 +260,7 @@ impl Storage {
     /// # Errors
     /// The name or address is taken, or the image cannot be opened.
     pub fn add_disk(&self, options: &DiskOptions) -> Result<String, StorageError> {
+        let _adding = self.adding.lock().unwrap_or_else(PoisonError::into_inner);
         let mut state = self.lock();
         let name = match &options.id {
             Some(id) => id.clone(),
@@ -313,7 +319,9 @@ impl Storage {
         {
             return Err(taken());
         }
+        drop(state);
         let opened = disk::open(options)?;
+        let mut state = self.lock();
         let unit = Arc::new(LogicalUnit::new(opened, self.config.max_transfer));
         let server = state.server.clone();
         let entry = self.controller(&mut state, position)?;
@@ -324,12 +332,15 @@ impl Storage {
             entry.controller.remove(address);
             return Err(error);
         }
+        let controller = Arc::clone(&entry.controller);
         let disk = DiskEntry {
             position,
             address,
             unit,
         };
         state.disks.insert(name.clone(), disk);
+        drop(state);
+        controller.tell_of_units();
         Ok(name)
     }
 
@@ -347,15 +358,27 @@ impl Storage {
         if disk.position.bus == Bus::Ide {
             let entry = state.controllers.remove(&disk.position);
             drop(state);
-            if let Some(offer) = entry.and_then(|entry| entry.offer)
-                && !offer.rescind_and_wait(RESCIND_TIMEOUT)
-            {
-                tracing::warn!("the guest still holds {}", disk.position.name());
-            }
+            Self::take_off(entry, disk.position);
         } else if let Some(entry) = state.controllers.get(&disk.position) {
-            entry.controller.remove(disk.address);
+            let controller = Arc::clone(&entry.controller);
+            drop(state);
+            controller.remove(disk.address);
         }
         Ok(())
+    }
+
+    /// Takes a controller off the bus.
+    fn take_off(entry: Option<Entry>, position: Position) {
+        let Some(Entry { offer, controller }) = entry else {
+            return;
+        };
+        if let Some(offer) = offer
+            && !offer.rescind_and_wait(RESCIND_TIMEOUT)
+        {
+            tracing::warn!("the guest still holds {}", position.name());
+        }
+        // Not before: it ends the execution of commands, and waits for those that run.
+        drop(controller);
     }
 
     fn unit(&self, name: &str) -> Result<Arc<LogicalUnit>, StorageError> {
@@ -459,11 +482,7 @@ impl Storage {
         state.disks.retain(|_, disk| disk.position != position);
         let entry = state.controllers.remove(&position);
         drop(state);
-        if let Some(offer) = entry.and_then(|entry| entry.offer)
-            && !offer.rescind_and_wait(RESCIND_TIMEOUT)
-        {
-            tracing::warn!("the guest still holds {controller}");
-        }
+        Self::take_off(entry, position);
         Ok(())
     }
 

@@ -476,6 +476,30 @@ fn disks_come_and_go() {
 }
 
 #[test]
+fn the_removal_of_a_disk_holds_up_nothing_else() {
+    let mut rig = Rig::with_disk();
+    let mut channel = rig.open();
+    rig.storage.stall("scsi0", Stall::Running).expect("stall");
+    channel.send(10, command(unit(0), &TEST_UNIT_READY).as_bytes());
+    let deadline = Instant::now() + SOON;
+    while rig.controller().counters.running == 0 {
+        assert!(Instant::now() < deadline);
+        std::thread::sleep(NEVER);
+    }
+    std::thread::scope(|scope| {
+        let removal = scope.spawn(|| rig.storage.remove_disk("disk0"));
+        while !rig.storage.disks().is_empty() {
+            assert!(Instant::now() < deadline);
+            std::thread::sleep(NEVER);
+        }
+        rig.add("second.img", MIB, "");
+        assert!(!removal.is_finished());
+        rig.storage.stall("scsi0", Stall::Off).expect("stall");
+        removal.join().expect("thread").expect("remove");
+    });
+}
+
+#[test]
 fn a_resize_is_an_attention() {
     let mut rig = Rig::with_disk();
     let mut channel = rig.open();
