@@ -21,6 +21,7 @@ pub mod control;
 pub mod counters;
 pub mod disk;
 pub mod events;
+mod files;
 pub mod host;
 pub mod hypervisor;
 mod key_values;

@@ -27,4 +27,4 @@ mod server;
 mod tests;
 
 pub use client::{Client, ClientError};
-pub use server::ApiServer;
+pub use server::{ApiServer, ApiSocket};

@@ -8,7 +8,7 @@
 use std::collections::HashMap;
 use std::io::{self, Write};
 use std::net::Shutdown;
-use std::os::unix::fs::{FileTypeExt, PermissionsExt};
+use std::os::unix::fs::PermissionsExt;
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
@@ -21,6 +21,7 @@ use super::calls::{self, Answer};
 use super::http::{self, Deadline, RequestError, Status};
 use crate::control::Control;
 use crate::events::{Next, Subscription};
+use crate::files;
 
 /// Connections at a time, those that follow events included.
 pub(super) const MAX_CLIENTS: usize = 32;
@@ -55,41 +56,67 @@ impl Shared {
 /// The server of the control API. Dropping it ends it: calls that are under way are finished, the
 /// socket is removed, and the host's events end.
 pub struct ApiServer {
-    path: PathBuf,
-    listener: Arc<UnixListener>,
+    socket: ApiSocket,
     shared: Arc<Shared>,
     control: Arc<Control>,
     thread: Option<JoinHandle<()>>,
+}
+
+/// The socket of a control API that is not served yet: who connects waits. Dropping it removes it.
+pub struct ApiSocket {
+    path: PathBuf,
+    listener: Arc<UnixListener>,
+}
+
+impl ApiSocket {
+    /// Makes the socket.
+    ///
+    /// # Errors
+    /// The socket cannot be made, for instance because somebody listens there already, or there is
+    /// a file of this name.
+    pub fn bind(path: &Path) -> io::Result<Self> {
+        let socket = Self {
+            listener: Arc::new(files::listen(path)?),
+            path: path.to_owned(),
+        };
+        // Somebody else may connect before this, and is turned away by `is_owner`.
+        std::fs::set_permissions(path, PermissionsExt::from_mode(0o600))?;
+        Ok(socket)
+    }
+}
+
+impl Drop for ApiSocket {
+    fn drop(&mut self) {
+        if let Err(error) = std::fs::remove_file(&self.path) {
+            tracing::debug!(%error, path = %self.path.display(), "removing the API's socket");
+        }
+    }
 }
 
 impl ApiServer {
     /// Makes the socket and serves it.
     ///
     /// # Errors
-    /// The socket cannot be made, for instance because somebody listens there already, or there is
-    /// a file of this name.
+    /// As [`ApiSocket::bind`], and the system refuses a thread.
     pub fn start(path: &Path, control: Arc<Control>) -> io::Result<Self> {
-        // A socket that an ended process left behind is in the way; anything else is the user's.
-        if let Ok(metadata) = std::fs::symlink_metadata(path)
-            && metadata.file_type().is_socket()
-            && UnixStream::connect(path).is_err()
-        {
-            std::fs::remove_file(path)?;
-        }
-        let listener = Arc::new(UnixListener::bind(path)?);
-        // Somebody else may connect before this, and is turned away by `is_owner`.
-        std::fs::set_permissions(path, PermissionsExt::from_mode(0o600))?;
+        Self::serve(ApiSocket::bind(path)?, control)
+    }
+
+    /// Serves a socket.
+    ///
+    /// # Errors
+    /// The system refuses a thread.
+    pub fn serve(socket: ApiSocket, control: Arc<Control>) -> io::Result<Self> {
         let shared = Arc::<Shared>::default();
         let thread = {
-            let (listener, shared) = (listener.clone(), shared.clone());
+            let (listener, shared) = (socket.listener.clone(), shared.clone());
             let control = control.clone();
             thread::Builder::new()
                 .name("api".into())
                 .spawn(move || accept(&listener, &shared, &control))?
         };
         Ok(Self {
-            path: path.to_owned(),
-            listener,
+            socket,
             shared,
             control,
             thread: Some(thread),
@@ -101,15 +128,14 @@ impl Drop for ApiServer {
     fn drop(&mut self) {
         self.shared.clients().ended = true;
         // Ends `accept`, which then fails.
-        if let Err(error) = rustix::net::shutdown(&self.listener, rustix::net::Shutdown::Both) {
+        if let Err(error) =
+            rustix::net::shutdown(&self.socket.listener, rustix::net::Shutdown::Both)
+        {
             tracing::warn!(%error, "ending the control API");
         } else if let Some(thread) = self.thread.take()
             && thread.join().is_err()
         {
             tracing::error!("the control API's thread panicked");
-        }
-        if let Err(error) = std::fs::remove_file(&self.path) {
-            tracing::debug!(%error, path = %self.path.display(), "removing the API's socket");
         }
         self.control.events.close();
         let clients = self.shared.clients();

@@ -12,7 +12,6 @@ use std::collections::VecDeque;
 use std::fs::File;
 use std::io::{self, IsTerminal, Read, Write};
 use std::os::fd::AsFd;
-use std::os::unix::fs::FileTypeExt;
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::{Path, PathBuf};
 use std::str::FromStr;
@@ -27,6 +26,7 @@ use vmm_sys_util::eventfd::EventFd;
 
 use super::VmError;
 use crate::counters::Counter;
+use crate::files;
 
 /// Where a serial port is in the guest.
 #[derive(Clone, Copy, Debug)]
@@ -600,14 +600,7 @@ struct Socket {
 
 impl Socket {
     fn listen(path: PathBuf) -> Result<Socket, VmError> {
-        // A socket that an ended process left behind is in the way; anything else is the user's.
-        if let Ok(metadata) = std::fs::symlink_metadata(&path)
-            && metadata.file_type().is_socket()
-            && UnixStream::connect(&path).is_err()
-        {
-            std::fs::remove_file(&path).map_err(|e| cannot_open(&path, &e))?;
-        }
-        let listener = UnixListener::bind(&path).map_err(|e| cannot_open(&path, &e))?;
+        let listener = files::listen(&path).map_err(|e| cannot_open(&path, &e))?;
         Ok(Socket {
             path,
             listener,
