@@ -37,7 +37,8 @@ const AFTER_HELP: &str = "\
 Exit status:
   0      the guest switched itself off, or reset itself under --no-reboot, or
          the user ended it (Ctrl-A x)
-  1      KVM or the host failed while the guest ran
+  1      KVM or the host failed while the guest ran, or at its end: a device did
+         not stop, or the counters were not written
   2      a bad option, a missing or damaged image, or no usable KVM
   3      the guest crashed: it wrote the crash registers, or a processor had a
          triple fault

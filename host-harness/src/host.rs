@@ -10,7 +10,7 @@ use std::time::Duration;
 
 use hv_proto::version::Version;
 
-use crate::api::ApiServer;
+use crate::api::{ApiServer, ApiSocket};
 use crate::control::Control;
 use crate::disk::DiskOptions;
 use crate::events::Events;
@@ -90,6 +90,8 @@ pub struct HostConfig {
     pub pcap: Option<PathBuf>,
     /// Integration components and input devices.
     pub services: Vec<ServiceKind>,
+    /// The socket of the control API; see [`crate::api`].
+    pub api: Option<PathBuf>,
 }
 
 impl HostConfig {
@@ -111,6 +113,7 @@ impl HostConfig {
             nics: Vec::new(),
             pcap: None,
             services: ServiceKind::all(),
+            api: None,
         }
     }
 }
@@ -131,6 +134,8 @@ impl Host {
     /// # Errors
     /// Anything that [`HostError`] names. Bad images and networks are reported before KVM is looked for.
     pub fn start(config: HostConfig) -> Result<Self, HostError> {
+        // Before the guest runs, which would end with a socket that cannot be.
+        let api = config.api.map(|path| bind(&path)).transpose()?;
         let storage = Storage::new(config.storage)?;
         for disk in &config.disks {
             storage.add_disk(disk)?;
@@ -179,11 +184,15 @@ impl Host {
             services,
             events,
         };
-        Ok(Self {
+        let mut host = Self {
             api: None,
             vm,
             control: Arc::new(control),
-        })
+        };
+        if let Some((socket, path)) = api {
+            host.serve(socket, &path)?;
+        }
+        Ok(host)
     }
 
     /// Listens for the operator's calls on a Unix socket; see [`crate::api`].
@@ -191,7 +200,12 @@ impl Host {
     /// # Errors
     /// The socket cannot be made.
     pub fn listen(&mut self, path: &Path) -> Result<(), HostError> {
-        let server = ApiServer::start(path, self.control.clone());
+        let (socket, path) = bind(path)?;
+        self.serve(socket, &path)
+    }
+
+    fn serve(&mut self, socket: ApiSocket, path: &Path) -> Result<(), HostError> {
+        let server = ApiServer::serve(socket, self.control.clone());
         self.api = Some(server.map_err(|source| HostError::Api {
             path: path.into(),
             source,
@@ -234,11 +248,28 @@ impl Host {
         &self.control.events
     }
 
-    /// Ends the guest, its devices, and closes the images. False if a device did not stop in time.
+    /// Ends the guest, its devices, and closes the images. False if a device did not stop in time:
+    /// then its threads are left alone, and its images may be incomplete.
     pub fn shutdown(self) -> bool {
         let Self { api, vm, control } = self;
         drop(api);
         drop(vm);
-        control.server.as_ref().is_none_or(|s| s.shutdown())
+        let stopped = control.server.as_ref().is_none_or(|s| s.shutdown());
+        if !stopped {
+            // To drop a device is to wait for its threads, without a limit.
+            std::mem::forget(control);
+        }
+        stopped
+    }
+}
+
+/// Makes the socket of the control API.
+fn bind(path: &Path) -> Result<(ApiSocket, PathBuf), HostError> {
+    match ApiSocket::bind(path) {
+        Ok(socket) => Ok((socket, path.into())),
+        Err(source) => Err(HostError::Api {
+            path: path.into(),
+            source,
+        }),
     }
 }

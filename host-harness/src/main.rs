@@ -27,6 +27,8 @@ use crate::cli::{Cli, Command, OnCrash, RunArgs};
 
 /// Exit status for what the user can correct.
 const USAGE: u8 = 2;
+/// Exit status for a failure of the host.
+const FAILED: u8 = 1;
 
 fn main() -> ExitCode {
     let cli = match Cli::try_parse() {
@@ -95,6 +97,7 @@ fn run(args: RunArgs) -> anyhow::Result<u8> {
     host.disks = args.disk;
     host.nics = args.net;
     host.pcap = args.pcap;
+    host.api = args.api;
     let counters = args
         .counters
         .map(|path| {
@@ -106,10 +109,7 @@ fn run(args: RunArgs) -> anyhow::Result<u8> {
 
     // From here on signals end the VM in order, so that the terminal and the disks are left well.
     let mut signals = Signals::new([SIGINT, SIGTERM, SIGHUP]).context("catching signals")?;
-    let mut host = Host::start(host)?;
-    if let Some(path) = &args.api {
-        host.listen(path)?;
-    }
+    let host = Host::start(host)?;
     let caught = Arc::new(AtomicI32::new(0));
     {
         let (vm, caught) = (host.vm().control().clone(), caught.clone());
@@ -129,36 +129,42 @@ fn run(args: RunArgs) -> anyhow::Result<u8> {
             break end;
         }
     };
+    let mut done = 0;
     if let Some((file, path)) = counters {
-        let report = serde_json::json!({
+        let counts = serde_json::json!({
             "vm": host.vm().counters(),
             "vmbus": host.server().map(|server| server.status()),
             "controllers": host.storage().controllers(),
             "disks": host.storage().disks(),
             "nics": host.network().nics(),
         });
-        serde_json::to_writer_pretty(file, &report)
-            .with_context(|| format!("counters {}", path.display()))?;
+        // What the guest came to, and complete images, matter more.
+        if let Err(error) = serde_json::to_writer_pretty(file, &counts) {
+            report(&format!("counters {}: {error}", path.display()));
+            done = FAILED;
+        }
     }
     if !host.shutdown() {
-        report("a device did not stop in time");
+        report("a device did not stop in time, its images may be incomplete");
+        done = FAILED;
     }
 
     let end = end.map_err(HostError::from)?;
-    match end {
+    let status = match end {
         ExitReason::Stopped => match caught.load(Ordering::SeqCst) {
-            0 => Ok(0),
+            0 => 0,
             signal => {
                 report(&format!("ended by signal {signal}"));
-                Ok(128u8.saturating_add(u8::try_from(signal).unwrap_or(0)))
+                128u8.saturating_add(u8::try_from(signal).unwrap_or(0))
             }
         },
         ExitReason::Crash(_) | ExitReason::TripleFault { .. } => {
             report(&end.to_string());
-            Ok(end.exit_status())
+            end.exit_status()
         }
-        ExitReason::PowerOff | ExitReason::Reset => Ok(end.exit_status()),
-    }
+        ExitReason::PowerOff | ExitReason::Reset => end.exit_status(),
+    };
+    Ok(if status == 0 { done } else { status })
 }
 
 /// The backends of the serial ports, from the options in their order.
