@@ -19,6 +19,7 @@ use pcap_file::{DataLink, PcapError};
 
 use super::NetError;
 use super::frame::MAX_FRAME;
+use crate::files;
 
 /// Resolution of the times: a negative power of ten.
 const NANOSECONDS: u8 = 9;
@@ -48,13 +49,13 @@ impl Capture {
     /// Makes the file.
     ///
     /// # Errors
-    /// It cannot be made.
+    /// It cannot be made, is not a regular file, or another capture is written to it.
     pub fn create(path: &Path) -> Result<Arc<Self>, NetError> {
         let fail = |source| NetError::Capture {
             path: path.to_owned(),
             source,
         };
-        let file = File::create(path).map_err(fail)?;
+        let file = files::create(path).map_err(fail)?;
         let capture = Self {
             path: path.to_owned(),
             state: Mutex::new(State {

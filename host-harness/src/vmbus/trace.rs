@@ -8,7 +8,6 @@
 //! Payloads are not traced.
 
 use std::fmt::Write as _;
-use std::fs::File;
 use std::io::{self, BufWriter, Write};
 use std::path::Path;
 use std::sync::{Mutex, PoisonError};
@@ -18,6 +17,8 @@ use hv_proto::ids::ChannelId;
 use hv_proto::message::{GuestMessage, HostMessage, OfferChannel};
 use hv_proto::packet::Descriptor;
 use serde_json::{Map, Value, json};
+
+use crate::files;
 
 /// Which way a message or packet goes.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -53,9 +54,9 @@ impl Trace {
     /// Starts a trace in a new file, replacing what was there.
     ///
     /// # Errors
-    /// The file cannot be created.
+    /// The file cannot be created, is not a regular file, or is in use.
     pub fn create(path: &Path) -> io::Result<Self> {
-        Ok(Self::to_writer(BufWriter::new(File::create(path)?)))
+        Ok(Self::to_writer(BufWriter::new(files::create(path)?)))
     }
 
     /// Starts a trace that goes to `writer`.
