@@ -275,6 +275,7 @@ impl FromStr for DiskOptions {
                 "channel" => options.channel = number(key, value)?,
                 "target" => options.target = number(key, value)?,
                 "lun" => options.lun = Some(number(key, value)?),
+                "id" if value.is_empty() => return Err(OptionError("id=: a name expected".into())),
                 "id" => options.id = Some(value.into()),
                 "serial" => {
                     if value.is_empty()

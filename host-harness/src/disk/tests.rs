@@ -665,6 +665,7 @@ fn options_are_checked() {
         ("path=a,bus=ide,lun=3", "bus=ide"),
         ("path=a,logical_block_size=1024", "512 or 4096"),
         ("path=a,serial=a b", "visible ASCII"),
+        ("path=a,id=", "a name expected"),
         (
             "path=a,logical_block_size=4096,physical_block_size=512",
             "below",

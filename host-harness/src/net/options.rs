@@ -95,6 +95,20 @@ fn mac(value: &str) -> Option<[u8; 6]> {
     (parts.next().is_none() && bytes[0] & 1 == 0 && bytes != [0; 6]).then_some(bytes)
 }
 
+/// Whether devices that are not NICs have such a name. Devices are told apart by their names.
+fn is_other_device(name: &str) -> bool {
+    const KINDS: [&str; 7] = [
+        "heartbeat",
+        "timesync",
+        "shutdown",
+        "keyboard",
+        "mouse",
+        "scsi",
+        "ide",
+    ];
+    KINDS.contains(&name.trim_end_matches(|c: char| c.is_ascii_digit() || c == '.'))
+}
+
 fn number(key: &str, value: &str, first: u16, last: u16) -> Result<u16, OptionError> {
     match value.parse() {
         Ok(number) if (first..=last).contains(&number) => Ok(number),
@@ -158,6 +172,9 @@ impl FromStr for NetOptions {
                     };
                 }
                 "pcap" => options.pcap = Some(value.into()),
+                "id" if is_other_device(value) => {
+                    return error(format!("id={value}: so are other devices called"));
+                }
                 "id" => options.id = Some(value.to_owned()),
                 _ => {
                     return error(format!(

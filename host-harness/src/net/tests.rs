@@ -245,6 +245,11 @@ fn options() {
         ("tap=a,queues=65", "1 to 64"),
         ("tap=a,link=yes", "on or off"),
         ("tap=a,color=red", "unknown key 'color'"),
+        ("tap=a,id=", "key=value"),
+        ("tap=a,id=keyboard", "other devices"),
+        ("tap=a,id=mouse1", "other devices"),
+        ("tap=a,id=scsi0", "other devices"),
+        ("tap=a,id=ide0.1", "other devices"),
     ] {
         let error = parse(bad).unwrap_err().to_string();
         assert!(
