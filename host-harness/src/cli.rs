@@ -174,7 +174,8 @@ pub struct RunArgs {
     pub vmbus_monitor_latency: Option<u64>,
 
     /// Offer no VMBus to the guest
-    #[arg(long, conflicts_with_all = ["vmbus_max_version", "vmbus_monitor_latency", "trace"])]
+    #[arg(long, conflicts_with_all = ["vmbus_max_version", "vmbus_monitor_latency", "trace",
+                                      "scsi_controllers", "scsi_sub_channels"])]
     pub no_vmbus: bool,
 
     /// Write every VMBus message and packet header to FILE as JSON lines
@@ -195,7 +196,7 @@ The result is JSON on standard output.
 
 Exit status:
   0  done
-  1  the host refused, or did not answer
+  1  the host refused, or did not answer, or its answer cannot be written
   2  a bad option, or no host listens at PATH
 
 Example:
@@ -521,6 +522,7 @@ mod tests {
         assert_eq!(args.cpus, 1);
         assert_eq!(args.memory, MemorySize(512 << 20));
         assert!(args.serial.is_empty() && !args.no_reboot);
+        assert!(parse(&["--kernel", "k", "--no-vmbus"]).unwrap().no_vmbus);
         assert_eq!(args.vmbus_max_version, Version::V6_0);
         assert_eq!(args.on_crash, OnCrash::End);
     }
@@ -607,6 +609,14 @@ mod tests {
                 "--vmbus-max-version",
             ),
             (&["--kernel", "k", "--colour"], "--colour"),
+            (
+                &["--kernel", "k", "--no-vmbus", "--scsi-controllers", "2"],
+                "--scsi-controllers",
+            ),
+            (
+                &["--kernel", "k", "--no-vmbus", "--scsi-sub-channels", "2"],
+                "--scsi-sub-channels",
+            ),
             (&[], "--kernel"),
         ] {
             let line = one_line(&parse(args).unwrap_err());

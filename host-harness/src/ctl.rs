@@ -2,7 +2,7 @@
 
 //! `host-harness ctl`: the command line of the control API. Each verb is one call; see `API.md`.
 
-use std::io::Write;
+use std::io::{self, Write};
 
 use clap::ValueEnum;
 use host_harness::api::{Client, ClientError};
@@ -95,7 +95,7 @@ pub fn run(args: &CtlArgs) -> anyhow::Result<u8> {
     };
     // The empty result of what is simply done needs no line.
     if result.as_object().is_none_or(|fields| !fields.is_empty()) {
-        print(&format!("{result:#}"));
+        return status_of(print(&format!("{result:#}")));
     }
     Ok(0)
 }
@@ -120,15 +120,28 @@ fn name(value: &impl ValueEnum) -> String {
 /// Prints events until the host ends or nobody reads.
 fn follow(client: &Client) -> anyhow::Result<u8> {
     for event in client.events()? {
-        if !print(&event?.to_string()) {
-            break;
+        let printed = print(&event?.to_string());
+        if printed.is_err() {
+            return status_of(printed);
         }
     }
     Ok(0)
 }
 
-/// Prints a line. False if nobody takes it, which is no failure: `ctl events | head` is one use.
-fn print(line: &str) -> bool {
-    let mut out = std::io::stdout().lock();
-    writeln!(out, "{line}").and_then(|()| out.flush()).is_ok()
+/// Prints a line.
+fn print(line: &str) -> io::Result<()> {
+    let mut out = io::stdout().lock();
+    writeln!(out, "{line}").and_then(|()| out.flush())
+}
+
+/// The exit status after a line was printed. That nobody takes it is no failure: `ctl events |
+/// head` is one use.
+fn status_of(printed: io::Result<()>) -> anyhow::Result<u8> {
+    match printed {
+        Err(error) if error.kind() != io::ErrorKind::BrokenPipe => {
+            crate::report(&format!("writing the result: {error}"));
+            Ok(crate::FAILED)
+        }
+        _ => Ok(0),
+    }
 }

@@ -5,6 +5,7 @@
 mod cli;
 mod ctl;
 
+use std::env::VarError;
 use std::fs::File;
 use std::io::{IsTerminal, Write};
 use std::process::ExitCode;
@@ -46,7 +47,18 @@ fn main() -> ExitCode {
             return ExitCode::from(USAGE);
         }
     };
-    let filter = EnvFilter::try_from_default_env().unwrap_or_else(|_| EnvFilter::new("warn"));
+    let filter = match std::env::var(EnvFilter::DEFAULT_ENV) {
+        Ok(text) => EnvFilter::try_new(text).map_err(|error| error.to_string()),
+        Err(VarError::NotPresent) => Ok(EnvFilter::new("warn")),
+        Err(error) => Err(error.to_string()),
+    };
+    let filter = match filter {
+        Ok(filter) => filter,
+        Err(error) => {
+            report(&format!("{}: {error}", EnvFilter::DEFAULT_ENV));
+            return ExitCode::from(USAGE);
+        }
+    };
     let no_color = std::env::var_os("NO_COLOR");
     tracing_subscriber::fmt()
         .with_env_filter(filter)

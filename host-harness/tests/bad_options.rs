@@ -24,6 +24,12 @@ fn refusal(args: &[&str], log: Option<&str>) -> String {
 }
 
 #[test]
+fn what_to_log_is_understood_or_refused() {
+    let line = refusal(&[], Some("host_harness=loud"));
+    assert!(line.contains("RUST_LOG: "), "{line}");
+}
+
+#[test]
 fn a_socket_of_the_api_that_cannot_be_is_found_before_anything_runs() {
     let dir = tempfile::tempdir().unwrap();
     let path = dir.path().join("api");

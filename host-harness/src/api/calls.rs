@@ -294,6 +294,7 @@ pub(super) const CALLS: &[Call] = &[
             let options: DiskOptions = options
                 .parse()
                 .map_err(|error| bad_body(format!("options: {error}")))?;
+            has_bus(control)?;
             let name = control.storage.add_disk(&options)?;
             value(json!({ "disk": name }))
         },
@@ -324,6 +325,7 @@ pub(super) const CALLS: &[Call] = &[
             let options: NetOptions = options
                 .parse()
                 .map_err(|error| bad_body(format!("options: {error}")))?;
+            has_bus(control)?;
             let name = control.network.add(&options)?;
             value(json!({ "nic": name }))
         },
@@ -347,6 +349,17 @@ pub(super) const CALLS: &[Call] = &[
         },
     },
 ];
+
+/// Without a bus, nobody would ever see a device that is added.
+fn has_bus(control: &Control) -> Result<(), Failure> {
+    match control.server {
+        Some(_) => Ok(()),
+        None => Err(Failure(
+            Status::CONFLICT,
+            "this machine has no VMBus".into(),
+        )),
+    }
+}
 
 #[derive(Deserialize)]
 #[serde(deny_unknown_fields)]

@@ -39,6 +39,10 @@ struct Setup {
 
 impl Setup {
     fn new() -> Self {
+        Self::with_bus(true)
+    }
+
+    fn with_bus(bus: bool) -> Self {
         let folder = tempfile::tempdir().unwrap();
         let (vm, orders) = VmControl::detached();
         let guest = FakeGuest::new(Version::V5_3);
@@ -51,7 +55,7 @@ impl Setup {
         network.connect(&guest.server).unwrap();
         let control = Arc::new(Control {
             vm,
-            server: Some(guest.server.clone()),
+            server: bus.then(|| guest.server.clone()),
             storage,
             network,
             services,
@@ -198,6 +202,22 @@ fn nics_come_change_and_go() {
     setup.client.post("/v1/nic/remove", &name).unwrap();
     assert_eq!(nic(&setup), None);
     assert_eq!(setup.refused("POST", "/v1/nic/remove", Some(&name)).0, 404);
+}
+
+#[test]
+fn without_a_bus_nothing_is_added() {
+    let setup = Setup::with_bus(false);
+    let options = format!("path={}", setup.image("a.raw").display());
+    for (path, options) in [
+        ("/v1/disk/add", options.as_str()),
+        ("/v1/nic/add", "passt=/nowhere/passt"),
+    ] {
+        let body = json!({ "options": options });
+        let (status, message) = setup.refused("POST", path, Some(&body));
+        assert_eq!(status, 409);
+        assert!(message.contains("no VMBus"), "{message}");
+    }
+    assert_eq!(setup.state()["disks"], json!([]));
 }
 
 #[test]
