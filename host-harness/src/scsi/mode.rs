@@ -42,17 +42,11 @@ pub(super) fn sense(request: &Request) -> Result<Vec<u8>, AdditionalSense> {
     }
     let mut body = Vec::new();
     if !request.no_block_descriptors {
+        // The short form, of both commands: the number of blocks, all ones when it does not fit, a
+        // reserved byte, and three bytes of block size.
         let count = u32::try_from(request.blocks).unwrap_or(u32::MAX);
-        if request.long {
-            body.extend_from_slice(&count.to_be_bytes());
-            body.extend_from_slice(&request.block_size.to_be_bytes());
-        } else {
-            // Three bytes for each number; the number of blocks is all ones when it does not fit.
-            let count = if count > 0xff_ffff { 0xff_ffff } else { count };
-            body.extend_from_slice(&count.to_be_bytes());
-            body[0] = 0;
-            body.extend_from_slice(&request.block_size.to_be_bytes());
-        }
+        body.extend_from_slice(&count.to_be_bytes());
+        body.extend_from_slice(&request.block_size.to_be_bytes());
     }
     let descriptors = body.len();
     for page in PAGES {

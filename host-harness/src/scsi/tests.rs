@@ -359,6 +359,12 @@ fn mode_sense_pages() {
     assert_eq!(with_descriptor[4..12], [0, 0, 8, 0, 0, 0, 2, 0]);
     assert_eq!(with_descriptor[12..14], [0x0a, 10]);
     assert_eq!(f.good(&six(8, 0x3f, 4), 255), [47, 0, 0x10, 0]);
+    // More blocks than three bytes can say: the first has a part of the number in SBC-3.
+    let large = fixture(16 << 30, "");
+    let descriptor = large.good(&six(0, 0x0a, 255), 255)[4..12].to_vec();
+    assert_eq!(descriptor, [2, 0, 0, 0, 0, 0, 2, 0]);
+    let ten = large.good(&[0x5a, 0, 0x0a, 0, 0, 0, 0, 0, 255, 0], 255);
+    assert_eq!(ten[8..16], descriptor);
     let ten = f.good(&[0x5a, 8, 0x3f, 0, 0, 0, 0, 0, 255, 0], 255);
     assert_eq!(ten[..8], [0, 50, 0, 0x10, 0, 0, 0, 0]);
     assert_eq!(ten.len(), 52);
