@@ -458,6 +458,29 @@ fn a_snapshot_has_a_largest_size() {
 }
 
 #[test]
+fn what_another_program_left_behind_the_end_of_a_vhd_does_not_show() {
+    let dir = TempDir::new().expect("folder");
+    let path = make(dir.path(), "vhd", MIB);
+    {
+        let disk = open(&DiskOptions::new(&path)).expect("open").disk;
+        write(&*disk, 0, &pattern(1, MIB as usize));
+    }
+    // The one block is at the end of the file, before the footer, and twice as long as the disk.
+    let file = open_writable(&path);
+    let len = file.metadata().expect("metadata").len();
+    let after = len - 512 - MIB;
+    file.write_all_at(&pattern(2, 4096), after).expect("data");
+    // Its bitmap is before its data.
+    file.write_all_at(&[0xff; 512], after - MIB - 512)
+        .expect("bitmap");
+    drop(file);
+    let disk = open(&DiskOptions::new(&path)).expect("open").disk;
+    assert!(read(&*disk, 0, MIB as usize) == pattern(1, MIB as usize));
+    disk.resize(2 * MIB).expect("grow");
+    assert!(read(&*disk, MIB, MIB as usize).iter().all(|&b| b == 0));
+}
+
+#[test]
 fn vhd_survives_the_loss_of_its_last_footer() {
     let dir = TempDir::new().expect("folder");
     let path = make(dir.path(), "vhd", 8 * MIB);

@@ -733,8 +733,8 @@ impl VhdDisk {
             dynamic.end = table_offset + table_len;
         }
         if size < old_size {
-            // Blocks after the new end are forgotten (the file keeps their space), and the rest of
-            // the last block becomes zeroes, so that nothing comes back when the disk grows again.
+            // Blocks after the new end are forgotten (the file keeps their space), and below the rest
+            // of the last block becomes zeroes, so that nothing comes back when the disk grows again.
             for block in needed..old_size.div_ceil(block_size) {
                 let entry = dynamic.header.table_offset.get() + block * 4;
                 self.file.write_all_at(&UNUSED.to_be_bytes(), entry)?;
@@ -743,13 +743,15 @@ impl VhdDisk {
                 }
                 dynamic.bitmaps.remove(&(block as u32));
             }
-            let within = size % block_size;
-            if within != 0
-                && let Some(at) = dynamic.block_offset((size / block_size) as u32)
-            {
-                let at = at + dynamic.bitmap_len() + within;
-                file::zero_at(&self.file, at, block_size - within, true)?;
-            }
+        }
+        // Also when it grows: another program may have left something behind the old end.
+        let end = size.min(old_size);
+        let within = end % block_size;
+        if within != 0
+            && let Some(at) = dynamic.block_offset((end / block_size) as u32)
+        {
+            let at = at + dynamic.bitmap_len() + within;
+            file::zero_at(&self.file, at, block_size - within, true)?;
         }
         self.file.write_all_at(footer.as_bytes(), dynamic.end)?;
         self.file.write_all_at(footer.as_bytes(), 0)?;
@@ -865,10 +867,22 @@ impl Disk for VhdDisk {
         let old_size = state.footer.current_size.get();
         let mut footer = state.footer;
         footer.set_size(size);
-        self.file.write_all_at(footer.as_bytes(), size)?;
+        let grow = || {
+            // What is there already may be behind the old footer, which goes last.
+            let new = old_size + SECTOR;
+            file::zero_at(&self.file, new, size.saturating_sub(new), false)?;
+            self.file.write_all_at(footer.as_bytes(), size)?;
+            file::zero_at(&self.file, old_size, SECTOR, false)
+        };
         if size > old_size {
-            // Between the old and the new end are the old footer and perhaps more.
-            file::zero_at(&self.file, old_size, size - old_size, false)?;
+            if let Err(error) = grow() {
+                // Such as no space: the image stays what it was.
+                self.file.write_all_at(state.footer.as_bytes(), old_size)?;
+                self.file.set_len(old_size + SECTOR)?;
+                return Err(error.into());
+            }
+        } else {
+            self.file.write_all_at(footer.as_bytes(), size)?;
         }
         self.file.set_len(size + SECTOR)?;
         state.footer = footer;
