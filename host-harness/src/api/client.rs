@@ -51,6 +51,22 @@ fn broken(error: impl ToString) -> ClientError {
     ClientError::Broken(error.to_string())
 }
 
+/// The body of a reply that ends.
+fn read_body(rest: impl Read) -> Result<Value, ClientError> {
+    let mut bytes = Vec::new();
+    rest.take(MAX_REPLY)
+        .read_to_end(&mut bytes)
+        .map_err(broken)?;
+    serde_json::from_slice(&bytes).map_err(broken)
+}
+
+/// The error that a reply's body tells of.
+fn refused(status: u16, body: &Value) -> ClientError {
+    let message = body.get("error").and_then(Value::as_str);
+    let message = message.unwrap_or("no reason given").to_owned();
+    ClientError::Refused { status, message }
+}
+
 impl Client {
     /// A client of the host that listens at `path`.
     pub fn new(path: impl AsRef<Path>) -> Self {
@@ -103,17 +119,11 @@ impl Client {
         body: Option<&Value>,
     ) -> Result<Value, ClientError> {
         let (status, rest, _) = self.request(method, path, body)?;
-        let mut bytes = Vec::new();
-        rest.take(MAX_REPLY)
-            .read_to_end(&mut bytes)
-            .map_err(broken)?;
-        let value: Value = serde_json::from_slice(&bytes).map_err(broken)?;
+        let value = read_body(rest)?;
         if status == 200 {
             return Ok(value);
         }
-        let message = value.get("error").and_then(Value::as_str);
-        let message = message.unwrap_or("no reason given").to_owned();
-        Err(ClientError::Refused { status, message })
+        Err(refused(status, &value))
     }
 
     /// Asks for something.
@@ -141,7 +151,7 @@ impl Client {
     ) -> Result<impl Iterator<Item = Result<Value, ClientError>> + use<>, ClientError> {
         let (status, rest, stream) = self.request("GET", "/v1/events", None)?;
         if status != 200 {
-            return Err(broken(format!("status {status}")));
+            return Err(refused(status, &read_body(rest)?));
         }
         // Nothing may happen for long.
         stream.set_read_timeout(None).map_err(broken)?;

@@ -246,6 +246,29 @@ fn send(stream: &UnixStream, bytes: &[u8]) -> bool {
     sent.is_ok()
 }
 
+/// Sends bytes, for as long as the client is there and the host has not ended. Meanwhile the events
+/// that it does not take are counted as lost. False if it does not take these.
+fn send_patiently(stream: &UnixStream, mut bytes: &[u8]) -> bool {
+    let mut patience = Deadline::new(stream, REQUEST_TIMEOUT);
+    while !bytes.is_empty() {
+        match patience.write(bytes) {
+            Ok(sent) if sent > 0 => bytes = bytes.get(sent..).unwrap_or_default(),
+            Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
+            // A write that times out is one that would block.
+            Err(error)
+                if matches!(
+                    error.kind(),
+                    io::ErrorKind::WouldBlock | io::ErrorKind::TimedOut
+                ) && is_there(stream) =>
+            {
+                patience = Deadline::new(stream, REQUEST_TIMEOUT);
+            }
+            _ => return false,
+        }
+    }
+    true
+}
+
 /// Sends events until one side goes.
 fn follow(stream: &UnixStream, events: &Subscription) {
     let head = http::reply_head(Status::OK, "application/x-ndjson", None);
@@ -255,7 +278,7 @@ fn follow(stream: &UnixStream, events: &Subscription) {
             Next::Closed => return,
             Next::Timeout => is_there(stream),
             Next::Record(record) => match serde_json::to_string(&record) {
-                Ok(line) => send(stream, format!("{line}\n").as_bytes()),
+                Ok(line) => send_patiently(stream, format!("{line}\n").as_bytes()),
                 Err(error) => {
                     tracing::error!(%error, "an event cannot be written");
                     true

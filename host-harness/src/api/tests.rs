@@ -377,6 +377,37 @@ fn events_are_followed_to_the_end() {
 }
 
 #[test]
+fn a_reader_of_events_that_stalls_loses_only_whole_ones() {
+    let setup = Setup::new();
+    let mut events = setup.client.events().unwrap();
+    // More than the socket and the queue take.
+    let reason = "x".repeat(10_000);
+    for _ in 0..1100 {
+        let reason = reason.clone();
+        setup.control.events.publish(Event::Ended { reason });
+    }
+    std::thread::sleep(REQUEST_TIMEOUT + Duration::from_secs(1));
+    setup.control.events.publish(Event::Paused);
+    let mut lost = false;
+    loop {
+        let event = events.next().unwrap().unwrap();
+        lost |= event["event"] == "lost";
+        if event["event"] == "paused" {
+            break;
+        }
+    }
+    assert!(lost);
+    // The end does not wait for one that stalls for ever.
+    for _ in 0..1100 {
+        let reason = reason.clone();
+        setup.control.events.publish(Event::Ended { reason });
+    }
+    let started = Instant::now();
+    drop(setup.server);
+    assert!(started.elapsed() < 2 * REQUEST_TIMEOUT);
+}
+
+#[test]
 fn clients_that_hang_harm_nobody() {
     let setup = Setup::new();
     let mut hanging: Vec<_> = (1..MAX_CLIENTS).map(|_| setup.connect()).collect();
@@ -389,6 +420,15 @@ fn clients_that_hang_harm_nobody() {
     let mut reply = String::new();
     setup.connect().read_to_string(&mut reply).unwrap();
     assert!(reply.starts_with("HTTP/1.1 503 "), "{reply}");
+    match setup.client.events().map(drop) {
+        Err(ClientError::Refused {
+            status: 503,
+            message,
+        }) => {
+            assert!(message.contains("connected already"), "{message}");
+        }
+        other => panic!("{other:?}"),
+    }
     // Their time ends, and there is room again.
     reply.clear();
     hanging[0].read_to_string(&mut reply).unwrap();
