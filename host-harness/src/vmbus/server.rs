@@ -53,11 +53,12 @@ use super::gpadl::GpadlTable;
 use super::monitor;
 use super::trace::Trace;
 use super::vsp::OfferParams;
+use crate::counters::Counter;
 use crate::events::{Event, Events};
 use crate::hypervisor::{MessageSink, SynicError, SynicPort};
 
-/// Most messages that wait for the SynIC. The states of channels and GPADLs bound them anyway;
-/// this is beyond what they allow.
+/// Most messages that wait for the SynIC. Those about channels and GPADLs are fewer, by their
+/// states; a guest that makes contact again and again and takes no answer gets here.
 const MAX_OUTBOX: usize = 16 * 1024;
 
 /// What a guest hears that connects a socket to the host (`STATUS_CONNECTION_REFUSED` of NTSTATUS).
@@ -261,6 +262,8 @@ pub struct Server {
     config: ServerConfig,
     state: Mutex<State>,
     changed: Condvar,
+    /// Messages that the SynIC did not take.
+    unsent: Counter,
 }
 
 impl Server {
@@ -292,6 +295,7 @@ impl Server {
             config,
             state: Mutex::new(state),
             changed: Condvar::new(),
+            unsent: Counter::default(),
         })
     }
 
@@ -411,7 +415,7 @@ impl Server {
             return;
         }
         if st.outbox.len() >= MAX_OUTBOX {
-            tracing::error!("too many messages wait for the guest, dropping one");
+            complain!(st, "too many messages wait for the guest, dropping one");
             return;
         }
         st.outbox.push_back((target, buf));
@@ -432,7 +436,10 @@ impl Server {
             Ok(()) => true,
             Err(SynicError::QueueFull(_)) => false,
             Err(error) => {
-                tracing::warn!(%error, message = ?buf.message_type(), "cannot send to the guest");
+                if let Some(times) = self.unsent.complain() {
+                    let message = buf.message_type();
+                    tracing::warn!(%error, ?message, times, "cannot send to the guest");
+                }
                 true
             }
         }

@@ -11,6 +11,7 @@ use std::time::{Duration, Instant};
 
 use hv_proto::packet::PacketType;
 
+use crate::counters::Counter;
 use crate::vmbus::{
     ChannelError, ChannelReader, ChannelWriter, HostChannel, OpenError, OpenParams, Vsp,
 };
@@ -42,6 +43,7 @@ pub struct Port {
     next_transaction: AtomicU64,
     quiet: AtomicBool,
     tap: Mutex<Option<Sender<Vec<u8>>>>,
+    complaints: Counter,
 }
 
 impl Port {
@@ -108,6 +110,13 @@ impl Port {
         let (sender, receiver) = channel();
         *lock(&self.tap) = Some(sender);
         receiver
+    }
+
+    /// An answer could not be sent, as when a guest asks on and on and reads nothing.
+    pub(super) fn lost(&self, device: &str, error: &PortError) {
+        if let Some(times) = self.complaints.complain() {
+            tracing::warn!(device, times, %error, "an answer is lost");
+        }
     }
 
     /// Shows a message of the guest to the tap.
@@ -218,7 +227,9 @@ fn serve(name: &str, handler: &impl Handler, mut reader: ChannelReader, answers:
             Ok(None) => {}
             Err(ChannelError::Stopped) => return,
             Err(error) => {
-                tracing::warn!(device = name, %error, "a channel failed");
+                if let Some(times) = handler.port().complaints.complain() {
+                    tracing::warn!(device = name, times, %error, "a channel failed");
+                }
                 return;
             }
         }

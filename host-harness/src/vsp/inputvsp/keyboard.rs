@@ -153,7 +153,7 @@ impl Handler for Inner {
                 let ready = state.session.is_ready();
                 drop(state);
                 if let Err(error) = self.port.send(&[response.as_bytes()]) {
-                    tracing::warn!(device = self.name, %error, "an answer is lost");
+                    self.port.lost(&self.name, &error);
                 } else if ready {
                     self.events.publish(Event::Negotiated {
                         device: self.name.clone(),

@@ -134,7 +134,7 @@ impl Handler for Inner {
             }
         };
         if let Err(error) = sent {
-            tracing::warn!(device = self.name, %error, "an answer is lost");
+            self.port.lost(&self.name, &error);
         }
     }
 

@@ -19,6 +19,7 @@ use serde::Serialize;
 use vmm_sys_util::eventfd::EventFd;
 
 use super::sections::{Outstanding, ReceiveBuffer, Section};
+use crate::counters::Counter;
 use crate::net::{Backend, CaptureInterface, ReceiveOffloads};
 use crate::vmbus::{
     ChannelError, ChannelWriter, GpadlView, HostChannel, OfferParams, OpenError, OpenParams, Vsp,
@@ -229,6 +230,8 @@ pub(super) struct Inner {
     pub ended: AtomicBool,
     /// Nothing that the guest sends is looked at: a testing aid.
     pub silent: AtomicBool,
+    /// For the log.
+    complaints: Counter,
 }
 
 impl Inner {
@@ -277,6 +280,13 @@ impl Inner {
             received: counters.received,
             receive_errors: counters.too_long,
             no_buffer: counters.no_buffer,
+        }
+    }
+
+    /// Tells of what a guest can bring about as often as it likes.
+    pub fn complain(&self, channel: &Channel, error: &ChannelError, what: &str) {
+        if let Some(times) = self.complaints.complain() {
+            tracing::warn!(nic = self.name(), channel = channel.index, times, %error, "{what}");
         }
     }
 
@@ -330,7 +340,7 @@ impl Inner {
         );
         match sent {
             Ok(()) | Err(ChannelError::Stopped) => {}
-            Err(error) => tracing::warn!(nic = self.name(), %error, "a control message is lost"),
+            Err(error) => self.complain(&channel, &error, "a control message is lost"),
         }
     }
 
@@ -450,6 +460,7 @@ impl Nic {
             wake: EventFd::new(vmm_sys_util::eventfd::EFD_NONBLOCK)?,
             ended: AtomicBool::new(false),
             silent: AtomicBool::new(false),
+            complaints: Counter::default(),
         });
         let mut nic = Self {
             inner,

@@ -18,6 +18,7 @@ use std::thread::JoinHandle;
 
 use super::hostile::Hostility;
 use super::queue::{Job, Queue, Stall};
+use crate::counters::Counter;
 use crate::disk::{Bus, IoBuf};
 use crate::scsi::{Completion, Data, LogicalUnit, Target};
 use crate::vmbus::{
@@ -103,6 +104,8 @@ struct Counters {
     invalid: AtomicU64,
     resets: AtomicU64,
     lost_answers: AtomicU64,
+    /// For the log.
+    complaints: Counter,
 }
 
 fn count(counter: &AtomicU64) {
@@ -298,13 +301,16 @@ impl Inner {
             Err(ChannelError::Stopped) => count(&self.counters.lost_answers),
             Err(error) => {
                 count(&self.counters.lost_answers);
-                tracing::warn!(
-                    controller = self.config.position.name(),
-                    channel = channel.index,
-                    %error,
-                    "an answer is lost"
-                );
+                self.complain(channel, &error, "an answer is lost");
             }
+        }
+    }
+
+    /// Tells of what a guest can bring about as often as it likes.
+    fn complain(&self, channel: &Channel, error: &ChannelError, what: &str) {
+        if let Some(times) = self.counters.complaints.complain() {
+            let controller = self.config.position.name();
+            tracing::warn!(controller, channel = channel.index, times, %error, "{what}");
         }
     }
 
@@ -342,12 +348,7 @@ impl Inner {
                 Ok(None) => {}
                 Err(error) => {
                     if !matches!(error, ChannelError::Stopped) {
-                        tracing::warn!(
-                            controller = self.config.position.name(),
-                            channel = channel.index,
-                            %error,
-                            "a storage channel failed"
-                        );
+                        self.complain(channel, &error, "a storage channel failed");
                     }
                     return;
                 }
