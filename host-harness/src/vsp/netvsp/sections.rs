@@ -120,6 +120,11 @@ pub(super) struct Section {
 }
 
 impl Section {
+    /// Whether the buffer was closed.
+    fn is_taken_back(&self) -> bool {
+        lock(&self.buffer.state).closed
+    }
+
     /// Writes the parts of a message, one behind the other; where they are in the buffer. `None`
     /// if they do not fit.
     pub fn write(&self, parts: &[&[u8]]) -> Option<Span> {
@@ -158,10 +163,11 @@ struct OutstandingState {
 
 impl Outstanding {
     /// Keeps sections until the packet with the number that is returned is completed. `None` if
-    /// the channel is closed.
+    /// the channel is closed, or the guest takes the buffer back: [`Outstanding::clear`], which
+    /// follows that, must find all of its sections.
     pub fn add(&self, sections: Vec<Section>) -> Option<u64> {
         let mut state = lock(&self.0);
-        if state.ended {
+        if state.ended || sections.iter().any(Section::is_taken_back) {
             return None;
         }
         // Numbers are not used again, so an answer that comes twice means nothing. 0 is what

@@ -53,12 +53,7 @@ impl Inner {
                 Ok(None) => None,
                 Err(error) => {
                     if !matches!(error, ChannelError::Stopped) {
-                        tracing::warn!(
-                            nic = self.name(),
-                            channel = channel.index,
-                            %error,
-                            "a network channel failed"
-                        );
+                        self.complain(channel, &error, "a network channel failed");
                     }
                     return;
                 }
@@ -117,7 +112,10 @@ impl Inner {
         let mut status = Status::FAILURE;
         if let Ok(ProviderStep::Rndis(place)) = step {
             let section = place.section.zip(send.as_ref().map(|view| view.buffer()));
-            if copy_message(mem, packet, section, &mut scratch.message) {
+            let copied = copy_message(mem, packet, section, &mut scratch.message);
+            // The guest may want it back before all frames are sent.
+            drop(send);
+            if copied {
                 status = match self.rndis(channel, place, scratch) {
                     true => Status::SUCCESS,
                     false => Status::INVALID_RNDIS_PACKET,
@@ -139,6 +137,7 @@ impl Inner {
         let Scratch { message, frame } = scratch;
         let mut rest = message.as_slice();
         let mut sensible = !rest.is_empty();
+        let mut lost = false;
         // Each message is at least its head.
         while rest.len() >= PACKET_HEAD_SIZE {
             // The buffer is at most `MAX_MESSAGE`.
@@ -149,7 +148,7 @@ impl Inner {
             let info = layout.info.of(rest).unwrap_or_default();
             frame.bytes.clear();
             frame.bytes.extend_from_slice(data);
-            sensible &= self.send_frame(channel, frame, info);
+            sensible &= self.send_frame(channel, frame, info, &mut lost);
             rest = rest
                 .get(layout.message_length as usize..)
                 .unwrap_or_default();
@@ -157,8 +156,16 @@ impl Inner {
         sensible
     }
 
-    /// Sends a frame to the network, with what its items say. False if they make no sense.
-    fn send_frame(&self, channel: &Channel, frame: &mut Frame, info: &[u8]) -> bool {
+    /// Sends a frame to the network, with what its items say. False if they make no sense. `lost` says
+    /// that the network did not take an earlier frame of the same packet. Then it gets no more of
+    /// it, because it may have to be waited for each time.
+    fn send_frame(
+        &self,
+        channel: &Channel,
+        frame: &mut Frame,
+        info: &[u8],
+        lost: &mut bool,
+    ) -> bool {
         frame.checksum = Default::default();
         frame.gso = None;
         let (limit, link) = {
@@ -204,7 +211,7 @@ impl Inner {
             add(&self.counters.send_errors, 1);
             return false;
         }
-        if !link {
+        if !link || *lost {
             add(&self.counters.send_errors, 1);
             return true;
         }
@@ -218,7 +225,10 @@ impl Inner {
                 add(&self.counters.sent_bytes, frame.bytes.len() as u64);
                 add(&channel.sent, 1);
             }
-            Ok(Sent::Lost) => add(&self.counters.send_errors, 1),
+            Ok(Sent::Lost) => {
+                *lost = true;
+                add(&self.counters.send_errors, 1);
+            }
             Err(error) => {
                 add(&self.counters.send_errors, 1);
                 tracing::debug!(nic = self.name(), %error, "a frame is lost");
@@ -360,12 +370,7 @@ impl Inner {
         match self.send_completion(channel, transaction.id, bytes) {
             // The channel goes, and the guest knows.
             Ok(()) | Err(ChannelError::Stopped) => {}
-            Err(error) => tracing::warn!(
-                nic = self.name(),
-                channel = channel.index,
-                %error,
-                "a completion is lost"
-            ),
+            Err(error) => self.complain(channel, &error, "a completion is lost"),
         }
     }
 }
