@@ -94,7 +94,8 @@ pub enum ServiceStatus {
     Service(services::ServiceStatus),
 }
 
-/// Counts, for display. All only grow.
+/// Counts, for display. Most only grow; some show how things stand, such as the commands of a
+/// controller that run.
 #[derive(Debug, Clone, Serialize)]
 pub struct Stats {
     /// Exits of the virtual processors by reason, and more of the machine.

@@ -272,6 +272,14 @@ fn an_offset_holds_until_it_is_changed() {
         ));
         assert_eq!(host.status().offset_ms, 0);
     }
+    // One that the guest did not confirm does not hold.
+    let asking = host.clone();
+    let call = std::thread::spawn(move || asking.send(Flags::SYNC, 7000));
+    rig.channel.receive();
+    assert_eq!(host.status().offset_ms, 7000);
+    rig.guest.close(rig.channel);
+    call.join().unwrap().unwrap_err();
+    assert_eq!(host.status().offset_ms, 0);
 }
 
 #[test]

@@ -149,19 +149,29 @@ impl Timesync {
     }
 
     /// Tells the guest the time now, and waits for its answer. What is added to the host's time
-    /// holds for all later messages too, until it is changed.
+    /// holds for all later messages too, until it is changed; after an error it is what it was.
     ///
     /// # Errors
     /// The guest has no driver, or does not answer, or the time cannot be told.
     pub fn send(&self, flags: Flags, offset_ms: i64) -> Result<(), AskError> {
-        self.0.ask(|service, link| {
-            let before = std::mem::replace(&mut service.offset_ms, offset_ms);
+        let mut before = offset_ms;
+        let result = self.0.ask(|service, link| {
+            before = std::mem::replace(&mut service.offset_ms, offset_ms);
             let body = service.body(link, flags);
             if body.is_err() {
                 service.offset_ms = before;
             }
             body
-        })
+        });
+        if result.is_err() {
+            self.0.with(|service| {
+                // Unless another caller has changed it meanwhile.
+                if service.offset_ms == offset_ms {
+                    service.offset_ms = before;
+                }
+            });
+        }
+        result
     }
 
     /// How it stands.
