@@ -10,6 +10,7 @@ use host_harness::disk::DiskOptions;
 use host_harness::net::NetOptions;
 use host_harness::vm::MAX_CPUS;
 use host_harness::vm::serial::SerialOption;
+use host_harness::vsp::storvsp::MAX_SUB_CHANNELS;
 use hv_proto::version::Version;
 
 /// A KVM host for Hyper-V guest drivers: a small virtual machine with the hypervisor interface of
@@ -151,8 +152,8 @@ pub struct RunArgs {
     pub scsi_controllers: u8,
 
     /// Sub-channels that the guest may open on each SCSI controller [default: one less than there
-    /// are processors]
-    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u16).range(0..=63))]
+    /// are processors, 63 at most]
+    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u16).range(0..=i64::from(MAX_SUB_CHANNELS)))]
     pub scsi_sub_channels: Option<u16>,
 
     /// End with status 0 when the guest resets itself, instead of booting again

@@ -20,7 +20,7 @@ use crate::vm::{Vm, VmConfig, VmError, VmHandle};
 use crate::vmbus::{Server, ServerConfig, Trace};
 use crate::vsp::netvsp::{Network, NetworkError};
 use crate::vsp::services::{ServiceError, ServiceKind, Services};
-use crate::vsp::storvsp::{Storage, StorageConfig, StorageError};
+use crate::vsp::storvsp::{MAX_SUB_CHANNELS, Storage, StorageConfig, StorageError};
 
 /// Why a host does not start.
 #[derive(Debug, thiserror::Error)]
@@ -100,7 +100,7 @@ impl HostConfig {
     pub fn new(vm: VmConfig) -> Self {
         let processors = u16::try_from(vm.cpus).unwrap_or(u16::MAX);
         let storage = StorageConfig {
-            max_sub_channels: processors.saturating_sub(1),
+            max_sub_channels: processors.saturating_sub(1).min(MAX_SUB_CHANNELS),
             ..StorageConfig::default()
         };
         Self {

@@ -27,9 +27,6 @@ pub enum DiskError {
         /// Size of the disk in bytes.
         size: u64,
     },
-    /// The image contradicts itself.
-    #[error("the image is damaged: {0}")]
-    Damaged(String),
     /// The format or the file cannot do this.
     #[error("{0}")]
     Unsupported(String),

@@ -19,8 +19,8 @@ pub struct OpenDisk {
     pub disk: Arc<FaultInjector>,
     /// Block sizes that the guest sees.
     pub blocks: BlockSizes,
-    /// A stable identity: of the image if the format has one, else made from the `id` option or
-    /// the path.
+    /// A stable identity: made from the `id` option if there is one, else of the image if the
+    /// format has one, else made from the path.
     pub identity: [u8; 16],
     /// Serial number, if one was given.
     pub serial: Option<String>,

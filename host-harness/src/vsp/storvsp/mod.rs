@@ -25,7 +25,9 @@ mod storage;
 pub use controller::{ControllerCounters, MAX_IN_FLIGHT};
 pub use hostile::FORGED_PACKETS;
 pub use queue::Stall;
-pub use storage::{ControllerStatus, DiskStatus, Storage, StorageConfig, StorageError};
+pub use storage::{
+    ControllerStatus, DiskStatus, MAX_SUB_CHANNELS, Storage, StorageConfig, StorageError,
+};
 
 #[cfg(test)]
 mod tests;

@@ -18,6 +18,9 @@ use crate::vmbus::{OfferError, OfferHandle, Server};
 /// How long the removal of an IDE drive waits for the guest to let go.
 const RESCIND_TIMEOUT: Duration = Duration::from_secs(10);
 
+/// Most sub-channels of a controller.
+pub const MAX_SUB_CHANNELS: u16 = 63;
+
 /// What controllers are made with.
 #[derive(Debug, Clone, Copy)]
 pub struct StorageConfig {
