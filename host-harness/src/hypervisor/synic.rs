@@ -11,7 +11,7 @@
 
 use std::collections::VecDeque;
 use std::io;
-use std::sync::atomic::{AtomicU32, Ordering, fence};
+use std::sync::atomic::{AtomicU32, AtomicUsize, Ordering, fence};
 use std::sync::{Arc, Mutex, PoisonError, RwLock, Weak};
 
 use hv_proto::ids::{ConnectionId, VpIndex};
@@ -30,6 +30,10 @@ use crate::counters::Counter;
 /// below it (an offer for each of 2047 channels at most, and the answers); a guest that does not
 /// empty its slot fills this and no more.
 const QUEUE_LIMIT: usize = 4096;
+
+/// Most messages that wait for all of them. The server sends to one SINT at a time, but a guest
+/// can name others without end.
+const TOTAL_LIMIT: usize = 4 * QUEUE_LIMIT;
 
 /// What the SynIC needs of the hypervisor below it. KVM is the implementation; tests have theirs.
 pub trait Interrupts: Send + Sync {
@@ -64,6 +68,8 @@ pub struct Synic {
     vps: Vec<Vp>,
     interrupts: RwLock<Option<Arc<dyn Interrupts>>>,
     counters: SynicCounters,
+    /// Messages that wait, in all queues.
+    waiting: AtomicUsize,
 }
 
 /// Counts of the SynIC.
@@ -141,6 +147,7 @@ impl Synic {
             vps: (0..cpus).map(|_| Vp::default()).collect(),
             interrupts: RwLock::new(None),
             counters: SynicCounters::default(),
+            waiting: AtomicUsize::new(0),
         }
     }
 
@@ -151,7 +158,8 @@ impl Synic {
         for vp in &self.vps {
             *write(&vp.registers) = Registers::default();
             for queue in lock(&vp.queues).iter_mut() {
-                *queue = Queue::default();
+                let forgotten = std::mem::take(queue).messages.len();
+                self.waiting.fetch_sub(forgotten, Ordering::Relaxed);
             }
         }
     }
@@ -225,6 +233,7 @@ impl Synic {
             match slot {
                 Slot::Filled => {
                     queue.messages.pop_front();
+                    self.waiting.fetch_sub(1, Ordering::Relaxed);
                     self.counters.messages_delivered.add(1);
                     self.raise(vp, sint);
                 }
@@ -351,9 +360,11 @@ impl SynicPort for Synic {
         let queue = queues
             .get_mut(usize::from(sint))
             .ok_or(SynicError::NoSuchSint(sint))?;
-        if queue.messages.len() >= QUEUE_LIMIT {
+        let waiting = self.waiting.load(Ordering::Relaxed);
+        if queue.messages.len() >= QUEUE_LIMIT || waiting >= TOTAL_LIMIT {
             return Err(SynicError::QueueFull(vp));
         }
+        self.waiting.fetch_add(1, Ordering::Relaxed);
         queue.messages.push_back(message);
         self.counters.messages_posted.add(1);
         self.deliver_queue(vp.get(), sint, state, queue);
@@ -447,7 +458,6 @@ fn write<T>(lock: &RwLock<T>) -> std::sync::RwLockWriteGuard<'_, T> {
 
 #[cfg(test)]
 mod tests {
-    use std::sync::atomic::AtomicUsize;
 
     use hv_proto::synic::VMBUS_SINT;
     use zerocopy::FromZeros;
@@ -624,6 +634,26 @@ mod tests {
             .synic
             .post_message(VpIndex::new(1), VMBUS_SINT, 1, b"x");
         assert!(matches!(result, Err(SynicError::QueueFull(_))));
+    }
+
+    #[test]
+    fn all_queues_together_are_bounded() {
+        let bench = Bench::new();
+        bench.synic.set_registers(1, 0, 0, 0);
+        let post = |sint| {
+            let vp = VpIndex::new(1);
+            bench.synic.post_message(vp, sint, 1, b"x").is_ok()
+        };
+        let taken = |_| -> usize {
+            (0..SINT_COUNT)
+                .map(|sint| (0..QUEUE_LIMIT).filter(|_| post(sint)).count())
+                .sum()
+        };
+        assert_eq!(taken(0), TOTAL_LIMIT);
+        assert_eq!(taken(1), 0);
+        // A reset forgets them.
+        bench.synic.attach(None);
+        assert_eq!(taken(2), TOTAL_LIMIT);
     }
 
     #[test]
