@@ -19,6 +19,7 @@ use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::thread::{self, JoinHandle};
 use std::time::{Duration, Instant};
 
+use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::termios::{OptionalActions, OutputModes, Termios, tcgetattr, tcsetattr};
 use vm_superio::serial::SerialEvents;
 use vm_superio::{Serial, Trigger};
@@ -60,6 +61,8 @@ const BACKLOG_SIZE: usize = 64 << 10;
 pub const STALL_LIMIT: Duration = Duration::from_secs(5);
 /// Longest time for the rest of the output when the VM ends.
 const DRAIN_LIMIT: Duration = Duration::from_secs(2);
+/// How long input waits for a guest that takes none when its sender has left.
+const INPUT_LIMIT: Duration = Duration::from_secs(3);
 /// In a terminal, this character (Ctrl-A) starts a command to the harness.
 const ESCAPE: u8 = 1;
 
@@ -281,8 +284,15 @@ struct UartState {
 
 impl Line {
     /// Gives input to the guest, as fast as it takes it. `false` at the end of the port.
-    fn feed(&self, mut bytes: &[u8]) -> bool {
+    fn feed(&self, bytes: &[u8]) -> bool {
+        self.feed_from(bytes, || true)
+    }
+
+    /// As [`Line::feed`], also `false` when the guest has taken nothing for a while and the sender
+    /// is not there any more.
+    fn feed_from(&self, mut bytes: &[u8], is_there: impl Fn() -> bool) -> bool {
         let mut state = lock(&self.uart);
+        let mut progress = Instant::now();
         while !bytes.is_empty() {
             if state.closed {
                 return false;
@@ -290,6 +300,11 @@ impl Line {
             // In loop-back mode the UART takes no input, and 0 comes back here.
             let taken = state.uart.enqueue_raw_bytes(bytes).unwrap_or(0);
             bytes = bytes.get(taken..).unwrap_or_default();
+            if taken > 0 {
+                progress = Instant::now();
+            } else if progress.elapsed() > INPUT_LIMIT && !is_there() {
+                return false;
+            }
             if !bytes.is_empty() {
                 state = self
                     .fifo
@@ -590,6 +605,15 @@ impl Drop for RawTerminal {
     }
 }
 
+/// Whether the other end of a connection is closed altogether. One that has only sent all that it
+/// has still reads.
+fn has_hung_up(stream: &UnixStream) -> bool {
+    let mut fds = [PollFd::new(stream, PollFlags::empty())];
+    // A failure, of which none is known, says nothing.
+    poll(&mut fds, Some(&Timespec::default())).is_ok()
+        && fds.iter().any(|fd| fd.revents().contains(PollFlags::HUP))
+}
+
 /// A listening socket with at most one client.
 struct Socket {
     path: PathBuf,
@@ -636,7 +660,9 @@ impl Socket {
             };
             *lock(&self.client) = Some(client);
             line.output.set_detached(false);
-            read_all(reader, |bytes| line.feed(bytes));
+            let peer = reader.try_clone();
+            let is_there = || peer.as_ref().is_ok_and(|peer| !has_hung_up(peer));
+            read_all(reader, |bytes| line.feed_from(bytes, is_there));
             line.output.set_detached(true);
             *lock(&self.client) = None;
             if self.is_closed() {
@@ -781,6 +807,29 @@ mod tests {
         }
         drop(port);
         assert!(!path.exists());
+    }
+
+    #[test]
+    fn a_client_that_leaves_makes_room_although_the_guest_does_not_read() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("serial");
+        let backend = SerialBackend::Socket(path.clone());
+        let port = SerialPort::open(backend, || ()).unwrap().unwrap();
+        let mut client = UnixStream::connect(&path).unwrap();
+        client.write_all(&[b'x'; 1000]).unwrap();
+        while lock(&port.line.output.state).detached {
+            thread::sleep(Duration::from_millis(1));
+        }
+        // One that waits for output is there.
+        client.shutdown(std::net::Shutdown::Write).unwrap();
+        thread::sleep(INPUT_LIMIT + Duration::from_millis(500));
+        assert!(!lock(&port.line.output.state).detached);
+        drop(client);
+        let deadline = Instant::now() + Duration::from_secs(10);
+        while !lock(&port.line.output.state).detached {
+            assert!(Instant::now() < deadline);
+            thread::sleep(Duration::from_millis(1));
+        }
     }
 
     #[test]
