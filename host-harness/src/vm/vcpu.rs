@@ -5,6 +5,7 @@
 
 use std::io;
 use std::os::raw::{c_int, c_void};
+use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::atomic::{AtomicU8, Ordering};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::thread::{self, JoinHandle};
@@ -208,7 +209,13 @@ impl Drop for Vcpus {
 impl VcpuContext {
     fn run(mut self, gate: &Gate) {
         while gate.pass() {
-            if let Some(event) = self.run_once() {
+            // A thread that just ended would be waited for at every pause, and the others would go on.
+            let event = catch_unwind(AssertUnwindSafe(|| self.run_once()));
+            let event = event.unwrap_or_else(|_| {
+                let reason = format!("the thread of CPU {} panicked", self.vp);
+                Some(VcpuEvent::Error(VmError::Run(reason)))
+            });
+            if let Some(event) = event {
                 let goes_on = matches!(event, VcpuEvent::Crash(_));
                 (self.events)(event);
                 if !goes_on {
