@@ -20,6 +20,7 @@ use clap::error::ErrorKind;
 use host_harness::host::{Host, HostConfig, HostError};
 use host_harness::vm::serial::{PORTS, SerialBackend, SerialOption};
 use host_harness::vm::{ExitReason, VmConfig};
+use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
 use signal_hook::consts::{SIGHUP, SIGINT, SIGTERM};
 use signal_hook::iterator::Signals;
 use tracing_subscriber::EnvFilter;
@@ -118,6 +119,16 @@ fn run(args: RunArgs) -> anyhow::Result<u8> {
                 .map(|file| (file, path))
         })
         .transpose()?;
+
+    // Each channel that a guest opens takes several files, and a process begins with few.
+    let limit = getrlimit(Resource::Nofile);
+    let raised = Rlimit {
+        current: limit.maximum,
+        ..limit
+    };
+    if let Err(error) = setrlimit(Resource::Nofile, raised) {
+        tracing::debug!(%error, "raising the number of open files");
+    }
 
     // From here on signals end the VM in order, so that the terminal and the disks are left well.
     let mut signals = Signals::new([SIGINT, SIGTERM, SIGHUP]).context("catching signals")?;
