@@ -27,7 +27,7 @@ use std::time::Duration;
 pub use capture::{Capture, CaptureInterface, Way};
 pub use frame::{Checksum, Frame, Gso, MAX_FRAME};
 pub use headers::{Headers, Transport};
-pub use link::link_pair;
+pub use link::{Link, link_pair};
 pub use options::{BackendOption, MAX_QUEUES, NetOptions, OptionError};
 pub use passt::{Passt, PasstOptions};
 pub use segment::for_each_wire_frame;

@@ -3,7 +3,9 @@
 //! Tests of the network provider, with a guest in memory: the real bus server and rings, the
 //! guest's side of `hv_proto`, and a cable to the test in place of a network.
 
+use std::os::fd::BorrowedFd;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::Instant;
 
 use etherparse::PacketBuilder;
@@ -31,7 +33,8 @@ use zerocopy::FromBytes;
 
 use super::*;
 use crate::net::{
-    Backend, Checksum, Frame, Received, Sent, Transport, for_each_wire_frame, link_pair,
+    Backend, Checksum, Frame, Link, ReceiveOffloads, Received, Sent, Transport,
+    for_each_wire_frame, link_pair,
 };
 use crate::vmbus::test_guest::{FakeChannel, FakeGuest, NEVER, Received as BusPacket, SOON};
 
@@ -93,13 +96,18 @@ impl Rig {
     }
 
     fn with(queues: u16, config: GuestConfig) -> Self {
+        let (near, far) = link_pair("t", queues).unwrap();
+        Self::on(Arc::new(near), far, config)
+    }
+
+    /// With a NIC on `near`, and `far` at the other end of it.
+    fn on(near: Arc<dyn Backend>, far: Link, config: GuestConfig) -> Self {
         let guest = FakeGuest::connected(BusVersion::V5_3);
         let network = Network::new(4, None).unwrap();
         network.connect(&guest.server).unwrap();
-        let (near, far) = link_pair("t", queues).unwrap();
         let params = NicParams {
             mac: Some(OWN),
-            ..NicParams::new(Arc::new(near))
+            ..NicParams::new(near)
         };
         assert_eq!(network.add_nic(params).unwrap(), "net0");
         let offer = Self::offer(&guest);
@@ -410,6 +418,49 @@ fn frames_cross_both_ways() {
         (counters.sent, counters.received, counters.invalid),
         (4, 1, 0)
     );
+}
+
+/// A network that takes nothing, and counts how often it is tried.
+struct Stopped(Link, AtomicUsize);
+
+impl Backend for Stopped {
+    fn describe(&self) -> String {
+        self.0.describe()
+    }
+
+    fn queues(&self) -> u16 {
+        self.0.queues()
+    }
+
+    fn set_receive_offloads(&self, offloads: ReceiveOffloads) -> std::io::Result<()> {
+        self.0.set_receive_offloads(offloads)
+    }
+
+    fn send(&self, _: u16, _: &Frame) -> std::io::Result<Sent> {
+        self.1.fetch_add(1, Ordering::Relaxed);
+        Ok(Sent::Lost)
+    }
+
+    fn readiness(&self, queue: u16) -> BorrowedFd<'_> {
+        self.0.readiness(queue)
+    }
+
+    fn receive(&self, queue: u16, frame: &mut Frame) -> std::io::Result<Received> {
+        self.0.receive(queue, frame)
+    }
+}
+
+#[test]
+fn a_network_that_takes_nothing_is_tried_once_a_packet() {
+    let (near, far) = link_pair("t", 1).unwrap();
+    let network = Arc::new(Stopped(near, AtomicUsize::new(0)));
+    let mut rig = Rig::on(network.clone(), far, GuestConfig::new(1500));
+    let one = message(&tcp(PEER, 2, b"a"), &InfoWriter::new());
+    for packets in 1..3 {
+        assert_eq!(rig.send_messages(&one.repeat(5)), Status::SUCCESS);
+        assert_eq!(network.1.load(Ordering::Relaxed), packets);
+    }
+    assert_eq!(rig.status().counters.send_errors, 10);
 }
 
 #[test]
