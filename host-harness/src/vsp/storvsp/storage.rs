@@ -133,6 +133,7 @@ struct Entry {
     controller: Arc<Controller>,
 }
 
+#[derive(Clone)]
 struct DiskEntry {
     position: Position,
     address: LunAddress,
@@ -491,15 +492,16 @@ impl Storage {
 
     /// The disks.
     pub fn disks(&self) -> Vec<DiskStatus> {
-        let state = self.lock();
-        let status = |(name, disk): (&String, &DiskEntry)| DiskStatus {
-            name: name.clone(),
+        let status = |(name, disk): (String, DiskEntry)| DiskStatus {
+            name,
             controller: disk.position.name(),
             address: (disk.address.path, disk.address.target, disk.address.lun),
+            // Without the lock: the size of a disk that is being resized is waited for.
             size: disk.unit.disk().size(),
             counters: disk.unit.counters(),
         };
-        state.disks.iter().map(status).collect()
+        let disks = self.lock().disks.clone();
+        disks.into_iter().map(status).collect()
     }
 
     /// The controllers.
