@@ -486,16 +486,25 @@ fn hot_adds_a_controller(guest: &Guest, images: &Images) -> Result<()> {
         // As an operator does it: first the disk, then its controller. (What a driver does when a
         // controller goes first is `rescind_under_io_ends_it`.)
         let device = guest.controller("scsi1")?;
-        // A scan waits for one that runs: a command of that one, too, the C driver would wait for.
-        guest.sh(&format!(
-            "echo 0 0 63 | tee {device}/host*/scsi_host/host*/scan"
-        ))?;
         guest.host().storage().remove_disk("new")?;
         // The block device goes first; the SCSI device when its driver has sent its last command,
         // for which the C driver would wait for ever if the controller went before.
         guest.wait_for(&format!(
             "! ls -d /sys/block/{name} {device}/host*/target*/*:0:0:0 2>/dev/null | grep ."
         ))?;
+        // Drivers look for other disks then. For a command of that the C driver would wait for ever, too.
+        guest.until("the guest has looked for disks", || {
+            let commands = || {
+                let controllers = guest.host().storage().controllers();
+                let found = controllers.into_iter().find(|c| c.name == "scsi1");
+                found.map(|c| c.counters.commands)
+            };
+            let before = commands();
+            std::thread::sleep(Duration::from_secs(1));
+            let looks =
+                "cat /proc/[0-9]*/stack 2>/dev/null | grep -q 'scsi_scan\\|storvsc_host_scan'";
+            before == commands() && guest.run(looks).is_ok_and(|output| output.status == 1)
+        })?;
         guest.host().storage().remove_controller("scsi1")?;
         guest.wait_for(&format!("! test -e {device}"))?;
     }
