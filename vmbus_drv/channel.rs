@@ -375,7 +375,12 @@ impl Channel {
                 control.open = true;
                 self.set_state(State::Open);
             }
-            Err(_) => self.set_state(State::Closed),
+            Err(_) => {
+                self.set_state(State::Closed);
+                drop(control);
+                // Wait for a notification that runs, which uses the handler.
+                drop(self.rescinding.lock());
+            }
         }
         result
     }
