@@ -177,8 +177,25 @@ enum State {
 /// Words of a bitmap of channel ids.
 const REFUSED_WORDS: usize = MAX_CHANNELS / u32::BITS as usize;
 
+/// What the host hears of when contact is made.
+struct HostPages {
+    /// Before version 5.0, the host is told of signals by a bit in the second half of this page.
+    interrupt: SharedPage,
+    /// Monitored notifications: host to guest, and guest to host.
+    monitor: [SharedPage; 2],
+}
+
+impl HostPages {
+    fn new() -> Result<Self> {
+        Ok(Self {
+            interrupt: SharedPage::new()?,
+            monitor: [SharedPage::new()?, SharedPage::new()?],
+        })
+    }
+}
+
 /// The connection.
-#[pin_data]
+#[pin_data(PinnedDrop)]
 pub(crate) struct Connection {
     /// Parent of all devices: the ACPI device.
     parent: ARef<device::Device>,
@@ -196,10 +213,9 @@ pub(crate) struct Connection {
     /// Highest id of a channel that was ever offered.
     highest: Atomic<u32>,
     next_gpadl: Atomic<u32>,
-    /// Before version 5.0, the host is told of signals by a bit in the second half of this page.
-    interrupt_page: SharedPage,
-    /// Monitored notifications: host to guest, and guest to host.
-    monitor_pages: [SharedPage; 2],
+    pages: Arc<HostPages>,
+    /// The host may use `pages`: they must not be freed.
+    host_has_pages: Atomic<bool>,
     /// Held while an offer is judged: messages can come on several CPUs at once.
     #[pin]
     offering: Mutex<()>,
@@ -244,8 +260,7 @@ impl Connection {
             };
             per_cpu.push(entry, GFP_KERNEL)?;
         }
-        let interrupt_page = SharedPage::new()?;
-        let monitor_pages = [SharedPage::new()?, SharedPage::new()?];
+        let pages = Arc::new(HostPages::new()?, GFP_KERNEL)?;
         let connection = Arc::pin_init(
             pin_init!(Self {
                 parent,
@@ -258,8 +273,8 @@ impl Connection {
                 channels,
                 highest: Atomic::new(0),
                 next_gpadl: Atomic::new(GpadlId::FIRST.get()),
-                interrupt_page,
-                monitor_pages,
+                pages,
+                host_has_pages: Atomic::new(false),
                 offering <- new_mutex!(()),
                 refused: core::array::from_fn(|_| Atomic::new(0)),
                 refused_work <- new_work!("vmbus refused offers"),
@@ -379,7 +394,7 @@ impl Connection {
 
     /// A page of the monitor mechanism: 0 host to guest, 1 guest to host.
     pub(crate) fn monitor_page(&self, index: usize) -> Option<&SharedPage> {
-        self.monitor_pages.get(index)
+        self.pages.monitor.get(index)
     }
 
     pub(crate) fn ask(
@@ -467,14 +482,14 @@ impl Connection {
         let offset = (id.get() / u32::BITS)
             .saturating_mul(4)
             .saturating_add(hv_proto::PAGE_SIZE as u32 / 2);
-        if let Some(word) = self.interrupt_page.word::<u32>(offset as usize) {
+        if let Some(word) = self.pages.interrupt.word::<u32>(offset as usize) {
             set_bit(word, bit);
         }
     }
 
     /// Sets the channel's bit in the monitor page that the host polls.
     fn set_monitor_bit(&self, id: MonitorId) {
-        let page = &self.monitor_pages[1];
+        let page = &self.pages.monitor[1];
         if let Some(word) = page.word::<u32>(id.pending_offset()) {
             set_bit(word, id.bit() as u32);
         }
@@ -554,6 +569,16 @@ impl Connection {
     }
 }
 
+#[pinned_drop]
+impl PinnedDrop for Connection {
+    /// Pages that the host has not let go of are never freed.
+    fn drop(self: Pin<&mut Self>) {
+        if self.host_has_pages.load(Relaxed) {
+            core::mem::forget(self.pages.clone());
+        }
+    }
+}
+
 impl PerCpu {
     fn new() -> Result<Arc<Self>> {
         let synic = Synic::new()?;
@@ -568,6 +593,7 @@ impl PerCpu {
         )
     }
 }
+
 /// Sets a bit of a word that the host reads and clears. Full barrier.
 fn set_bit(word: &Atomic<u32>, bit: u32) {
     let mask = 1u32.wrapping_shl(bit);

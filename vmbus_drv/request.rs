@@ -4,7 +4,7 @@
 //!
 //! Each question has a key that its answer repeats. An answer that nobody waits for is dropped, so
 //! a late or made-up answer does no harm. Every wait ends: with the answer, when the channel is
-//! rescinded, or after [`TIMEOUT_MS`]. When a rescind and a question cross, an answer may follow the
+//! rescinded, or after a time ([`Key::timeout_ms`]). When a rescind and a question cross, an answer may follow the
 //! rescind: that is no mistake of the host's.
 
 use crate::{
@@ -28,9 +28,6 @@ use kernel::{
     }, //
 };
 
-/// How long an answer is waited for, in milliseconds.
-pub(crate) const TIMEOUT_MS: u32 = 30_000;
-
 /// What a question is about, as the answer says it.
 #[derive(Clone, Copy, PartialEq, Eq)]
 pub(crate) enum Key {
@@ -49,6 +46,15 @@ pub(crate) enum Key {
 }
 
 impl Key {
+    /// How long the answer is waited for, in milliseconds.
+    fn timeout_ms(self) -> u32 {
+        match self {
+            // Azure was seen to take 50 seconds.
+            Self::Unload => 100_000,
+            _ => 30_000,
+        }
+    }
+
     /// The question that a message answers, if it is an answer.
     fn of(message: &HostMessage) -> Option<Self> {
         Some(match message {
@@ -175,7 +181,7 @@ impl Questions {
             ask()
         };
         if asked.is_ok() {
-            question.done.wait(TIMEOUT_MS);
+            question.done.wait(key.timeout_ms());
         }
         self.state
             .lock()

@@ -13,6 +13,7 @@ use crate::{
         CONNECT_CPU, //
     },
     log::Show,
+    memory::SharedPage,
     request::Key, //
 };
 use hv_proto::{
@@ -70,8 +71,8 @@ impl Connection {
             max_version,
             ..ContactParams::new(
                 cpu::vp_index(CONNECT_CPU),
-                self.interrupt_page.phys(),
-                [self.monitor_pages[0].phys(), self.monitor_pages[1].phys()],
+                self.pages.interrupt.phys(),
+                self.pages.monitor.each_ref().map(SharedPage::phys),
             )
         };
         let agreed = self.negotiate(&params)?;
@@ -108,11 +109,16 @@ impl Connection {
                     .map_err(|status| {
                         failed = status;
                         EIO
-                    })
+                    })?;
+                self.host_has_pages.store(true, Relaxed);
+                Ok(())
             });
             let mut protocol = self.protocol.lock();
             step = match answer {
                 Ok(HostMessage::VersionResponse(response)) => {
+                    if response.version_supported == 0 {
+                        self.host_has_pages.store(false, Relaxed);
+                    }
                     protocol.version_response(&response).map_err(|_| EIO)?
                 }
                 Err(_) if !failed.is_success() => protocol.post_failed(failed),
@@ -176,6 +182,8 @@ impl Connection {
             protocol.unload_timed_out();
         } else if protocol.unload_response().is_err() {
             protocol.unload_timed_out();
+        } else {
+            self.host_has_pages.store(false, Relaxed);
         }
         drop(protocol);
         self.version.store(0, Release);
