@@ -228,6 +228,8 @@ pub(crate) struct Connection {
     questions: Questions,
     #[pin]
     offers_delivered: Event,
+    /// UNLOAD_RESPONSE came: what a guest that crashes looks for.
+    unloaded: Atomic<bool>,
     /// Channels that exist.
     live: Atomic<u32>,
 }
@@ -281,6 +283,7 @@ impl Connection {
                 mistakes: Mistakes::new(),
                 questions <- Questions::new(),
                 offers_delivered <- Event::new(),
+                unloaded: Atomic::new(false),
                 live: Atomic::new(0),
             }),
             GFP_KERNEL,
@@ -550,6 +553,10 @@ impl Connection {
             }
         };
         let message_type = message.message_type();
+        if let HostMessage::UnloadResponse(_) = message {
+            // First: this CPU may stand still at any moment.
+            self.unloaded.store(true, Release);
+        }
         if !self.protocol.lock().accepts(&message) {
             self.mistakes.unexpected.count();
             warn_limited!("{:?} at a wrong time\n", message_type);

@@ -189,21 +189,20 @@ impl Connection {
         self.version.store(0, Release);
     }
 
-    /// The same in a guest that has crashed: interrupts are off, the other CPUs stand still and
-    /// hold any lock.
+    /// The same in a guest that has crashed: interrupts are off. The other CPUs stand still and hold
+    /// any lock, or run on and take the answer away from this one.
     pub(crate) fn crash_unload(&self) {
         if self.state.xchg(State::Disconnected as u32, Full) == State::Disconnected as u32 {
             return;
         }
         let connection = ConnectionId::new(self.message_connection.load(Relaxed));
-        let delay = |us| udelay(Delta::from_micros(i64::from(us)));
+        self.unloaded.store(false, Relaxed);
         if self
-            .post_to(connection, &Unload {}.encode(), true, delay)
+            .post_to(connection, &Unload {}.encode(), true, spin)
             .is_err()
         {
             return;
         }
-        let mut unloaded = false;
         for step in 0..CRASH_UNLOAD_STEPS {
             for per_cpu in self.per_cpu.iter().flatten() {
                 let Some(message) = per_cpu.synic.message() else {
@@ -211,22 +210,30 @@ impl Connection {
                 };
                 if let Some(payload) = message.payload() {
                     if let Ok(HostMessage::UnloadResponse(_)) = HostMessage::parse(payload, None) {
-                        unloaded = true;
+                        self.unloaded.store(true, Relaxed);
                     }
                 }
                 // Another CPU's register cannot be written, but the host looks again by itself.
                 per_cpu.synic.end_of_message(&message);
             }
-            if unloaded {
+            if self.unloaded.load(Acquire) {
                 return;
             }
             if step % 500 == 499 {
                 pr_notice!("waiting for the host to let go\n");
             }
-            for _ in 0..10 {
-                delay(1000);
-            }
+            spin(10_000);
         }
         pr_err!("the host did not let go in time\n");
+    }
+}
+
+/// Waits for `us` microseconds; any context. In steps, because the kernel has a limit for one.
+fn spin(us: u32) {
+    let mut left = us;
+    while left != 0 {
+        let step = left.min(1000);
+        udelay(Delta::from_micros(i64::from(step)));
+        left = left.saturating_sub(step);
     }
 }
