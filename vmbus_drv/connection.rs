@@ -96,6 +96,9 @@ const POST_TRIES: u32 = 100;
 /// Messages that one run of the message work item handles.
 const MESSAGE_BUDGET: usize = 64;
 
+/// How much memory a host may keep before it gets no more, in bytes.
+const MAX_LOST: u64 = 64 << 20;
+
 /// The work queues. They outlive the connection, because channels hold that from work items.
 pub(crate) struct Queues {
     /// Messages of the host, on the CPU that got the interrupt.
@@ -230,6 +233,8 @@ pub(crate) struct Connection {
     offers_delivered: Event,
     /// UNLOAD_RESPONSE came: what a guest that crashes looks for.
     unloaded: Atomic<bool>,
+    /// Bytes of memory that the host has kept.
+    lost: Atomic<u64>,
     /// Channels that exist.
     live: Atomic<u32>,
 }
@@ -284,6 +289,7 @@ impl Connection {
                 questions <- Questions::new(),
                 offers_delivered <- Event::new(),
                 unloaded: Atomic::new(false),
+                lost: Atomic::new(0),
                 live: Atomic::new(0),
             }),
             GFP_KERNEL,
@@ -368,6 +374,16 @@ impl Connection {
                 return GpadlId::new(id);
             }
         }
+    }
+
+    /// The host keeps memory that it should have let go of.
+    pub(crate) fn memory_lost(&self, bytes: u64) {
+        self.lost.add(bytes, Relaxed);
+    }
+
+    /// Whether the host may be given memory: it has not kept too much.
+    pub(crate) fn may_share(&self) -> bool {
+        self.lost.load(Relaxed) < MAX_LOST
     }
 
     pub(crate) fn channel_made(&self) {

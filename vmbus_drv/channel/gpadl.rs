@@ -33,6 +33,7 @@ pub(super) struct GpadlHandle<T> {
     channel: Arc<Channel>,
     /// Where the protocol stands.
     protocol: client::Gpadl,
+    len: u32,
     /// What must not be freed before the host has let go of it.
     memory: Arc<T>,
 }
@@ -46,6 +47,13 @@ impl<T> GpadlHandle<T> {
         memory: &Arc<T>,
     ) -> Result<Self> {
         let connection = &channel.connection;
+        if !connection.may_share() {
+            err_limited!(
+                "channel {}: the host has kept too much memory, it gets no more\n",
+                channel.id().get()
+            );
+            return Err(ENOMEM);
+        }
         let id = connection.next_gpadl_id();
         let len = u32::try_from(len).map_err(|_| EINVAL)?;
         let messages = GpadlMessages::new(channel.id(), id, len, 0, pfn).map_err(|_| EINVAL)?;
@@ -54,6 +62,7 @@ impl<T> GpadlHandle<T> {
         let mut this = Self {
             channel: channel.clone(),
             protocol: client::Gpadl::new(channel.id(), id),
+            len,
             memory: memory.clone(),
         };
         if !this.protocol.start() {
@@ -129,6 +138,7 @@ impl<T> Drop for GpadlHandle<T> {
         self.tear_down();
         if !self.protocol.may_free() {
             self.channel.lost.add(1, Relaxed);
+            self.channel.connection.memory_lost(u64::from(self.len));
             err_limited!(
                 "channel {}: the host keeps memory, it is lost\n",
                 self.channel.id().get()
@@ -167,7 +177,7 @@ impl Channel {
     ///
     /// `ENODEV` if the channel was rescinded, `EINVAL` if the buffer is larger than the protocol
     /// can describe (8190 pages), `EIO` if the host refused, `ETIMEDOUT` if it did not answer; then
-    /// the buffer is never freed.
+    /// the buffer is never freed. `ENOMEM` also if the host has kept too much memory before.
     pub fn establish_gpadl(self: &Arc<Self>, buffer: SharedBuffer) -> Result<Gpadl> {
         let buffer = Arc::new(buffer, GFP_KERNEL)?;
         let handle = GpadlHandle::create(self, buffer.len(), |page| buffer.pfn(page), &buffer)?;
