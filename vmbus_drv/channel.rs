@@ -209,8 +209,7 @@ impl Channel {
         target_cpu: u32,
     ) -> Result<Arc<Self>> {
         let protocol = client::Channel::new(offer.channel_id);
-        connection.channel_made();
-        Arc::pin_init(
+        let channel = Arc::pin_init(
             pin_init!(Self {
                 connection,
                 offer,
@@ -235,7 +234,9 @@ impl Channel {
                 notify_work <- new_work!("vmbus notify"),
             }),
             GFP_KERNEL,
-        )
+        )?;
+        channel.connection.channel_made();
+        Ok(channel)
     }
 
     // --------------------------------------------------------------------------------------------
