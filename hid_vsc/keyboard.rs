@@ -40,10 +40,7 @@ use hv_proto::{
             Utf16, //
         },
     },
-    packet::{
-        Packet,
-        PacketType, //
-    }, //
+    packet::Packet, //
 };
 use kernel::{
     device::{
@@ -123,14 +120,8 @@ impl Keyboard {
 
 impl Handler for Keyboard {
     fn on_packet(&self, _channel: &Channel, packet: &Packet<'_>) {
-        match packet.packet_type() {
-            PacketType::IN_BAND => {}
-            // The answer to a message of ours says nothing.
-            PacketType::COMPLETION => return,
-            _ => {
-                self.link.reject("wrong kind of packet");
-                return;
-            }
+        if !self.link.is_message(packet) {
+            return;
         }
         let step = self.protocol.lock().on_packet(packet.payload());
         match step {
@@ -146,12 +137,11 @@ impl Handler for Keyboard {
     }
 
     fn on_rescind(&self, _channel: &Channel) {
-        self.link.finish(Err(ENODEV));
+        self.link.rescinded();
     }
 
     fn on_error(&self, _channel: &Channel) {
-        dev_err!(self.link.device(), "the host has damaged the ring\n");
-        self.link.finish(Err(EIO));
+        self.link.damaged();
     }
 }
 

@@ -2,7 +2,13 @@
 
 //! What mouse and keyboard have in common: a channel on which a handshake comes first, and counters.
 
-use hv_proto::PAGE_SIZE;
+use hv_proto::{
+    packet::{
+        Packet,
+        PacketType, //
+    },
+    PAGE_SIZE, //
+};
 use kernel::{
     device,
     fmt,
@@ -84,10 +90,37 @@ impl<T: Unpin> Link<T> {
         self.finished.wait(HANDSHAKE_MS);
         let outcome = self.outcome.lock().take();
         let result = outcome.unwrap_or(Err(ETIMEDOUT));
-        if let Err(e) = &result {
-            dev_err!(self.device, "no handshake with the host: {:?}\n", e);
+        match &result {
+            Err(e) if vmbus::may_log() => {
+                dev_err!(self.device, "no handshake with the host: {:?}\n", e);
+            }
+            _ => {}
         }
         result
+    }
+
+    /// The host has taken the device away: nothing can come any more.
+    pub(crate) fn rescinded(&self) {
+        self.finish(Err(ENODEV));
+    }
+
+    /// The host has damaged the ring: nothing can come any more.
+    pub(crate) fn damaged(&self) {
+        if vmbus::may_log() {
+            dev_err!(self.device, "the host has damaged the ring\n");
+        }
+        self.finish(Err(EIO));
+    }
+
+    /// Whether a packet is a message of the host.
+    pub(crate) fn is_message(&self, packet: &Packet<'_>) -> bool {
+        match packet.packet_type() {
+            PacketType::IN_BAND => return true,
+            // The answer to a message of ours says nothing.
+            PacketType::COMPLETION => {}
+            _ => self.reject("wrong kind of packet"),
+        }
+        false
     }
 
     /// A packet of the host makes no sense. Any context.

@@ -21,10 +21,7 @@ use hv_proto::{
         GuestMouse,
         GuestStep, //
     },
-    packet::{
-        Packet,
-        PacketType, //
-    }, //
+    packet::Packet, //
 };
 use kernel::{
     device::{
@@ -108,14 +105,8 @@ impl Mouse {
 
 impl Handler for Mouse {
     fn on_packet(&self, channel: &Channel, packet: &Packet<'_>) {
-        match packet.packet_type() {
-            PacketType::IN_BAND => {}
-            // The answer to a message of ours says nothing.
-            PacketType::COMPLETION => return,
-            _ => {
-                self.link.reject("wrong kind of packet");
-                return;
-            }
+        if !self.link.is_message(packet) {
+            return;
         }
         let step = self.protocol.lock().on_packet(packet.payload());
         match step {
@@ -132,12 +123,11 @@ impl Handler for Mouse {
     }
 
     fn on_rescind(&self, _channel: &Channel) {
-        self.link.finish(Err(ENODEV));
+        self.link.rescinded();
     }
 
     fn on_error(&self, _channel: &Channel) {
-        dev_err!(self.link.device(), "the host has damaged the ring\n");
-        self.link.finish(Err(EIO));
+        self.link.damaged();
     }
 }
 

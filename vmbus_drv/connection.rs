@@ -20,6 +20,7 @@ use crate::{
     cpu,
     hypercall,
     log::{
+        err_limited,
         warn_limited,
         Show, //
     },
@@ -437,7 +438,7 @@ impl Connection {
         let connection = ConnectionId::new(self.message_connection.load(Relaxed));
         self.post_to(connection, message, true, sleep)
             .map_err(|status| {
-                pr_err!("{:?}: {:?}\n", message.message_type(), status);
+                err_limited!("{:?}: {:?}\n", message.message_type(), status);
                 if status.is_retryable() || status == HvStatus::INVALID_CONNECTION_ID {
                     EAGAIN
                 } else {

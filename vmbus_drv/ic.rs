@@ -180,7 +180,9 @@ impl<A: Actor> Handler for Session<A> {
     }
 
     fn on_error(&self, _channel: &Channel) {
-        dev_err!(self.device, "{}: the host has damaged the ring\n", A::TITLE);
+        if log::is_allowed() {
+            dev_err!(self.device, "{}: the host has damaged the ring\n", A::TITLE);
+        }
     }
 }
 

@@ -7,10 +7,13 @@ use super::{
     SubchannelHandler,
     UPDATE, //
 };
-use crate::device::{
-    ChannelDirectory,
-    ChannelsDirectory,
-    Registration, //
+use crate::{
+    device::{
+        ChannelDirectory,
+        ChannelsDirectory,
+        Registration, //
+    },
+    log::err_limited, //
 };
 use kernel::{
     device,
@@ -93,7 +96,7 @@ impl Channel {
                 match Registration::new(self) {
                     Ok(registration) => *device = Some(registration),
                     Err(error) => {
-                        pr_err!("channel {}: no device: {:?}\n", self.id().get(), error);
+                        err_limited!("channel {}: no device: {:?}\n", self.id().get(), error);
                     }
                 }
             }
@@ -125,7 +128,7 @@ impl Channel {
             .list
             .push(self.clone(), GFP_KERNEL);
         if added.is_err() {
-            pr_err!("channel {}: no memory for it\n", self.id().get());
+            err_limited!("channel {}: no memory for it\n", self.id().get());
             return;
         }
         primary.make_directories(None);

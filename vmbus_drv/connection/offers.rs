@@ -14,6 +14,7 @@ use crate::{
         CONNECT_CPU, //
     },
     log::{
+        err_limited,
         warn_limited,
         Show, //
     }, //
@@ -61,7 +62,7 @@ impl Connection {
         let _offering = self.offering.lock();
         let result = self.judge_offer(&offer).map(|primary| {
             if self.accept_offer(offer, primary).is_err() {
-                pr_err!("channel {}: no memory for it\n", offer.channel_id.get());
+                err_limited!("channel {}: no memory for it\n", offer.channel_id.get());
                 self.refuse_id(offer.channel_id);
             }
         });
