@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: GPL-2.0
 
-//! C declarations of reboot and hibernation, made by bindgen from `bindings_helper.h`.
+//! C declarations of reboot, made by bindgen from `bindings_helper.h`.
 //!
 //! Only `power` may name anything of this module.
 

@@ -1,12 +1,11 @@
 // SPDX-License-Identifier: GPL-2.0
 
-//! Shutdown of Hyper-V guests: the host asks the guest to power off, to reboot or to hibernate.
+//! Shutdown of Hyper-V guests: the host asks the guest to power off or to reboot.
 //!
 //! The host hears that the guest will do so before it begins. Powering off and rebooting are left
 //! to the programs `poweroff` and `reboot`, which end everything in order; where these cannot be
 //! run, the kernel does it itself. The host's flag of force makes no difference, as in the C driver:
-//! a guest that does not end is for the host to stop. Hibernation is left to a rule of udev, which
-//! hears of it by a `change` event of the device with `EVENT=hibernate`.
+//! a guest that does not end is for the host to stop. To hibernate is refused, as the bus does.
 //!
 //! `unsafe` is in [`power`] only. It uses the crates `kernel`, `hv_proto` and `vmbus`; nothing uses
 //! it.
@@ -26,71 +25,19 @@ use kernel::{
         self,
         Core, //
     },
-    impl_has_work,
-    new_work,
     prelude::*,
-    sync::{
-        aref::ARef,
-        Arc, //
-    },
-    workqueue::{
-        Work,
-        WorkItem, //
-    }, //
+    sync::aref::ARef, //
 };
 use vmbus::{
     ic,
     Device,
     DeviceId,
-    OwnedQueue,
     Show, //
 };
-
-/// Tells user space to hibernate.
-#[pin_data]
-struct Hibernation {
-    device: ARef<device::Device>,
-    #[pin]
-    work: Work<Hibernation>,
-}
-
-impl_has_work! {
-    impl HasWork<Self> for Hibernation { self.work }
-}
-
-impl WorkItem for Hibernation {
-    type Pointer = Arc<Self>;
-
-    fn run(this: Arc<Self>) {
-        match power::announce_hibernation(&this.device) {
-            Ok(()) => dev_info!(this.device, "user space was asked to hibernate\n"),
-            Err(e) => dev_err!(this.device, "cannot ask user space to hibernate: {:?}\n", e),
-        }
-    }
-}
 
 /// Does what the host asks for.
 struct Power {
     device: ARef<device::Device>,
-    hibernation: Arc<Hibernation>,
-    /// Where `hibernation` runs. Dropping it waits for that.
-    queue: OwnedQueue,
-}
-
-impl Power {
-    fn new(device: &device::Device) -> Result<Self> {
-        Ok(Self {
-            device: device.into(),
-            hibernation: Arc::pin_init(
-                pin_init!(Hibernation {
-                    device: device.into(),
-                    work <- new_work!("shutdown"),
-                }),
-                GFP_KERNEL,
-            )?,
-            queue: OwnedQueue::ordered(c"shutdown")?,
-        })
-    }
 }
 
 impl ic::Actor for Power {
@@ -112,10 +59,8 @@ impl ic::Actor for Power {
                 match action {
                     Action::PowerOff => power::off(),
                     Action::Reboot => power::reboot(),
-                    Action::Hibernate => {
-                        // If it is queued already, once is enough.
-                        let _ = self.queue.enqueue(self.hibernation.clone());
-                    }
+                    // The service has refused that.
+                    Action::Hibernate => {}
                 }
             }
             Request::CannotHibernate => {
@@ -151,9 +96,13 @@ impl vmbus::Driver for ShutdownDriver {
         _info: &'bound Self::IdInfo,
     ) -> impl PinInit<Self::Data<'bound>, Error> + 'bound {
         pin_init::pin_init_scope(move || {
-            let service = Shutdown::new(power::can_hibernate());
             let bound: &device::Device<Core<'_>> = dev.as_ref();
-            ic::Binding::new(dev, service, Power::new(bound)?)
+            let normal: &device::Device = bound;
+            let power = Power {
+                device: normal.into(),
+            };
+            // The bus refuses to hibernate.
+            ic::Binding::new(dev, Shutdown::new(false), power)
         })
     }
 }
