@@ -180,7 +180,8 @@ impl Channel {
     /// Tells the driver of sub-channels that it does not know.
     fn announce(&self) {
         let _announcing = self.announcing.lock();
-        loop {
+        // Each call can take a while, and the driver of a device that goes need not know.
+        while !self.is_leaving() {
             let subchannels = self.subchannels.lock();
             let Some(handler) = subchannels.handler.clone() else {
                 return;
@@ -288,9 +289,10 @@ pub struct SubchannelRegistration {
 
 impl Drop for SubchannelRegistration {
     fn drop(&mut self) {
+        // First, so that only the call that runs is waited for, not those for all sub-channels.
+        let handler = self.channel.subchannels.lock().handler.take();
         let _announcing = self.channel.announcing.lock();
-        let mut subchannels = self.channel.subchannels.lock();
-        let handler = subchannels.handler.take();
+        let subchannels = self.channel.subchannels.lock();
         for channel in subchannels.list.iter() {
             // The next driver has not been told.
             channel.announced.store(false, Relaxed);
