@@ -72,6 +72,9 @@ impl<T> GpadlHandle<T> {
         let key = Key::GpadlCreate(channel.id(), id);
         let answer = connection.ask(key, Some(channel), || {
             for message in messages {
+                if channel.is_rescinded() {
+                    return Err(ENODEV);
+                }
                 connection.post(&message)?;
                 posted = true;
             }

@@ -101,6 +101,10 @@ impl Connection {
             while bits != 0 {
                 let bit = bits.trailing_zeros();
                 bits &= bits.wrapping_sub(1);
+                // Each can take seconds, and with the connection the host forgets them all.
+                if !self.is_in(State::Connected) {
+                    return;
+                }
                 self.release_id(ChannelId::new(first.wrapping_add(bit)));
             }
             first = first.wrapping_add(u32::BITS);
