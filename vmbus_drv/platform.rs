@@ -76,8 +76,9 @@ struct Owner {
 
 impl Drop for Owner {
     fn drop(&mut self) {
-        self.queues.flush();
+        // First: work that is queued meanwhile finds no connection.
         self.connection.forget_cpus();
+        self.queues.flush();
     }
 }
 
