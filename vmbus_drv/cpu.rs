@@ -114,7 +114,7 @@ extern "C" fn offline_callback<T: Hotplug>(cpu: c_uint) -> i32 {
 }
 
 impl HotplugRegistration {
-    /// Calls `T::online` on every CPU that is online, and registers the callbacks for changes.
+    /// Registers the callbacks for changes, and calls `T::online` on every CPU that is online.
     pub(crate) fn new<T: Hotplug>(name: &'static CStr) -> Result<Self> {
         extern "C" fn call<T: Hotplug>(_info: *mut c_void) {
             // Nothing can be undone here; a CPU that fails gets no interrupts of the bus.
@@ -124,9 +124,6 @@ impl HotplugRegistration {
         }
 
         let _lock = HotplugLock::read();
-
-        // SAFETY: `call` does not use its argument.
-        unsafe { raw::vmbus_helper_on_each_cpu(Some(call::<T>), core::ptr::null_mut()) };
 
         // SAFETY: The hot-plug lock is held, the callbacks are functions of this module, and the
         // value that is returned removes them before the module can go.
@@ -140,6 +137,10 @@ impl HotplugRegistration {
         if state < 0 {
             return Err(Error::from_errno(state));
         }
+
+        // Last, because nothing takes it back. No CPU has come or gone meanwhile.
+        // SAFETY: `call` does not use its argument.
+        unsafe { raw::vmbus_helper_on_each_cpu(Some(call::<T>), core::ptr::null_mut()) };
 
         // INVARIANT: The state was registered just now.
         Ok(Self { state })
