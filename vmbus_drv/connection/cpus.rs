@@ -45,12 +45,13 @@ impl Connection {
     /// Runs on the CPU. Fails if the CPU is needed.
     pub(crate) fn cpu_offline(&self, cpu: u32) -> Result {
         let per_cpu = self.per_cpu(cpu).ok_or(ENODEV)?;
+        if self.is_connected() && cpu == CONNECT_CPU {
+            return Err(EBUSY);
+        }
+        // Also without a connection: there may be one soon.
+        per_cpu.usable.store(false, Release);
+        barrier::mb(barrier::Full);
         if self.is_connected() {
-            if cpu == CONNECT_CPU {
-                return Err(EBUSY);
-            }
-            per_cpu.usable.store(false, Release);
-            barrier::mb(barrier::Full);
             if let Err(error) = self.move_channels(cpu) {
                 per_cpu.usable.store(true, Release);
                 return Err(error);
