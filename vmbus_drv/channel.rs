@@ -506,13 +506,17 @@ impl Channel {
     }
 
     /// Gives the channel to `new` because its CPU goes offline. Fails only if the host has to agree
-    /// and does not.
+    /// and does not, or cannot say that it does.
     pub(crate) fn leave_cpu(&self, new: u32) -> Result {
         let mut control = self.control.lock();
         if !control.open {
             // The host hears of the CPU when the channel is opened.
             self.target_cpu.store(new, Relaxed);
             return Ok(());
+        }
+        // Before 5.3 the host does not say when it has stopped to use the old CPU.
+        if !self.version().has_modify_channel_response() {
+            return Err(EBUSY);
         }
         match self.retarget(&mut control, new) {
             Err(error) if error == ENODEV => Ok(()),

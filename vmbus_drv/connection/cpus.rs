@@ -87,13 +87,6 @@ impl Connection {
         if channel.target_cpu() != from {
             return Ok(());
         }
-        // Before 5.3 the host does not say when it has stopped to use the old CPU.
-        let acknowledged = self
-            .version()
-            .is_some_and(|version| version.has_modify_channel_response());
-        if channel.is_open() && !acknowledged {
-            return Err(EBUSY);
-        }
         let mut to = CONNECT_CPU;
         let mut least = usize::MAX;
         for cpu in (0..nr_cpu_ids()).filter(|&cpu| self.is_usable(cpu) && cpu::is_housekeeping(cpu))
