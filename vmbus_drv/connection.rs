@@ -220,7 +220,7 @@ pub(crate) struct Connection {
     pages: Arc<HostPages>,
     /// The host may use `pages`: they must not be freed.
     host_has_pages: Atomic<bool>,
-    /// Held while an offer is judged: messages can come on several CPUs at once.
+    /// Held while an offer is judged, and by a rescind: messages can come on several CPUs at once.
     #[pin]
     offering: Mutex<()>,
     /// Ids of offers that were refused, to be given back: one bit each.

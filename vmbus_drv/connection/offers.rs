@@ -206,6 +206,8 @@ impl Connection {
     }
 
     pub(super) fn handle_rescind(&self, id: ChannelId) {
+        // An offer that finds the channel rescinded finds its removal queued, too.
+        let _offering = self.offering.lock();
         match self.channel(id) {
             Some(channel) => channel.rescind(),
             // Its offer was refused, and the id given back, before.
