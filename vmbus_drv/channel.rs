@@ -43,6 +43,7 @@ use crate::{
     },
     log::err_limited,
     memory::RingPair,
+    noio::NoIo,
     rcu::RcuArc,
     request::Key,
     stats::Stats, //
@@ -185,6 +186,8 @@ impl WorkItem<UPDATE> for Channel {
     type Pointer = Arc<Self>;
 
     fn run(this: Arc<Self>) {
+        // A disk may be waiting for its removal, which comes after this.
+        let _noio = NoIo::begin();
         match &this.primary {
             None => this.update_device(),
             Some(primary) => this.update_subchannel(primary),

@@ -25,6 +25,7 @@ use crate::{
         Show, //
     },
     memory::SharedPage,
+    noio::NoIo,
     queue::OwnedQueue,
     rcu::RcuArc,
     request::{
@@ -542,6 +543,8 @@ impl Connection {
 
     /// Work item of one CPU: handles the messages in its slot.
     fn handle_messages(self: &Arc<Self>, per_cpu: &Arc<PerCpu>) {
+        // A disk may be waiting for the next message: its rescind.
+        let _noio = NoIo::begin();
         for _ in 0..MESSAGE_BUDGET {
             let Some(message) = per_cpu.synic.message() else {
                 return;

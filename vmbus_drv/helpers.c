@@ -15,6 +15,7 @@
 #include <linux/module.h>
 #include <linux/ratelimit.h>
 #include <linux/sched/isolation.h>
+#include <linux/sched/mm.h>
 #include <linux/smp.h>
 #include <linux/vmalloc.h>
 #include <linux/workqueue.h>
@@ -154,6 +155,16 @@ void vmbus_helper_cpuhp_remove(int state, bool invoke)
 		cpuhp_remove_state(state);
 	else
 		cpuhp_remove_state_nocalls(state);
+}
+
+unsigned int vmbus_helper_noio_save(void)
+{
+	return memalloc_noio_save();
+}
+
+void vmbus_helper_noio_restore(unsigned int flags)
+{
+	memalloc_noio_restore(flags);
 }
 
 unsigned long vmbus_helper_zeroed_page(void)

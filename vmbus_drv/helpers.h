@@ -46,6 +46,8 @@ int vmbus_helper_cpuhp_setup_cpuslocked(const char *name, int (*online)(unsigned
 void vmbus_helper_cpuhp_remove(int state, bool invoke);
 
 /* Memory */
+unsigned int vmbus_helper_noio_save(void);
+void vmbus_helper_noio_restore(unsigned int flags);
 unsigned long vmbus_helper_zeroed_page(void);
 void vmbus_helper_free_page(unsigned long page);
 u64 vmbus_helper_page_phys(unsigned long page);

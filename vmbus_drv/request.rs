@@ -9,6 +9,7 @@
 
 use crate::{
     channel::Channel,
+    noio::NoIo,
     wait::Event, //
 };
 use hv_proto::{
@@ -169,10 +170,13 @@ impl Questions {
             }),
             GFP_KERNEL,
         )?;
+        // A disk may be waiting for a rescind, and that for the lock.
+        let noio = NoIo::begin();
         self.state
             .lock()
             .waiting
             .push(question.clone(), GFP_KERNEL)?;
+        drop(noio);
 
         // A rescind that came before the question was in the list did not see it.
         let asked = if channel.is_some_and(|channel| channel.is_rescinded()) {

@@ -18,8 +18,8 @@
 //!
 //! Everything about the protocol that can be said without a kernel is in [`hv_proto`]. Here, the
 //! files that wrap a facility of the kernel for which there is no safe Rust yet are the only ones
-//! with `unsafe`: `bus`, `cpu`, `device`, `driver`, `exit`, `hypercall`, `log`, `memory`, `queue`,
-//! `rcu`, `sysfs`, `wait`. The other ones are logic: `attributes`, `channel`, `connection`,
+//! with `unsafe`: `bus`, `cpu`, `device`, `driver`, `exit`, `hypercall`, `log`, `memory`, `noio`,
+//! `queue`, `rcu`, `sysfs`, `wait`. The other ones are logic: `attributes`, `channel`, `connection`,
 //! `ic`, `platform`, `request`, `slots`, `stats`, `synic`.
 //!
 //! What the host writes is copied once, checked, and then used. No number of it reaches an
@@ -40,6 +40,7 @@ mod hypercall;
 pub mod ic;
 mod log;
 mod memory;
+mod noio;
 mod platform;
 mod queue;
 mod raw;
@@ -76,6 +77,7 @@ pub use self::{
         Show, //
     },
     memory::SharedBuffer,
+    noio::NoIo,
     queue::OwnedQueue,
     rcu::RcuArc,
     slots::RequestSlots,
