@@ -455,6 +455,8 @@ impl Channel {
                     if !unmasked.more {
                         return (done, false);
                     }
+                    // A host can make it so, and take it back, without end.
+                    done = done.saturating_add(1);
                     if opened.mode != ReadMode::Direct {
                         ring.mask();
                     }
