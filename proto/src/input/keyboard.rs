@@ -127,8 +127,10 @@ impl Keystroke {
                 down: !flags.contains(KeyFlags::BREAK),
             });
         }
-        let Ok(code) = u8::try_from(code) else {
-            return Err(GuestError::MakeCode(code));
+        // Above 0x7f, keyboards send answers to commands; only two Korean keys have codes there.
+        let code = match u8::try_from(code) {
+            Ok(code @ (..=0x7f | 0xf1 | 0xf2)) => code,
+            _ => return Err(GuestError::MakeCode(code)),
         };
         let mut codes = ScanCodes {
             bytes: [0; 3],

@@ -261,6 +261,8 @@ fn keystrokes_become_scan_codes() {
     let (e0, e1, up) = (KeyFlags::E0, KeyFlags::E1, KeyFlags::BREAK);
     assert_eq!(codes(0x1e, KeyFlags::empty()), (vec![0x1e], true));
     assert_eq!(codes(0x1e, up), (vec![0x9e], false));
+    assert_eq!(codes(0xf1, KeyFlags::empty()), (vec![0xf1], true));
+    assert_eq!(codes(0xf2, KeyFlags::empty()), (vec![0xf2], true));
     assert_eq!(codes(0x48, e0), (vec![0xe0, 0x48], true));
     assert_eq!(codes(0x48, e0 | up), (vec![0xe0, 0xc8], false));
     assert_eq!(codes(0x1d, e1), (vec![0xe1, 0x1d], true));
@@ -283,6 +285,13 @@ fn odd_keyboard_messages_are_refused() {
         .is_err());
 
     let (mut guest, mut host) = ready_keyboard();
+    // Keys, not answers: ACK, NAK, and that of the self test.
+    for code in [0x80, 0xaa, 0xee, 0xf0, 0xf3, 0xfa, 0xfe, 0xff] {
+        for flags in [KeyFlags::empty(), KeyFlags::BREAK, KeyFlags::E0] {
+            let stroke = Keystroke::new(code, flags);
+            assert_eq!(stroke.key(), Err(keyboard::GuestError::MakeCode(code)));
+        }
+    }
     let stroke = Keystroke::new(0x100, KeyFlags::empty());
     let error = Err(keyboard::GuestError::MakeCode(0x100));
     assert_eq!(guest.on_packet(stroke.as_bytes()), error);
