@@ -564,6 +564,7 @@ impl Connection {
     }
 
     fn handle_message(self: &Arc<Self>, payload: &[u8]) {
+        self.questions.heard();
         let message = match HostMessage::parse(payload, self.version()) {
             Ok(message) => message,
             Err(error) => {

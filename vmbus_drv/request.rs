@@ -24,10 +24,18 @@ use kernel::{
     new_mutex,
     prelude::*,
     sync::{
+        atomic::{
+            Atomic,
+            Relaxed, //
+        },
         Arc,
         Mutex, //
     }, //
 };
+
+/// How long a silent host has to let go of more memory, in milliseconds. All channels of a host that
+/// is dead have to be closed before the bus can be left.
+const SILENT_MS: u32 = 1_000;
 
 /// What a question is about, as the answer says it.
 #[derive(Clone, Copy, PartialEq, Eq)]
@@ -138,11 +146,14 @@ struct State {
 pub(crate) struct Questions {
     #[pin]
     state: Mutex<State>,
+    /// Nothing was heard of the host since it did not answer.
+    silent: Atomic<bool>,
 }
 
 impl Questions {
     pub(crate) fn new() -> impl PinInit<Self> {
         pin_init!(Self {
+            silent: Atomic::new(false),
             state <- new_mutex!(State {
                 waiting: KVec::new(),
                 ended: Ended::NONE,
@@ -185,7 +196,12 @@ impl Questions {
             ask()
         };
         if asked.is_ok() {
-            question.done.wait(key.timeout_ms());
+            let teardown = matches!(key, Key::GpadlTeardown(_));
+            let silent = teardown && self.silent.load(Relaxed);
+            let ms = if silent { SILENT_MS } else { key.timeout_ms() };
+            if !question.done.wait(ms) && teardown {
+                self.silent.store(true, Relaxed);
+            }
         }
         self.state
             .lock()
@@ -198,6 +214,11 @@ impl Questions {
             Some(End::Rescinded) => Err(ENODEV),
             None => Err(ETIMEDOUT),
         }
+    }
+
+    /// Something was heard of the host.
+    pub(crate) fn heard(&self) {
+        self.silent.store(false, Relaxed);
     }
 
     /// Passes on an answer. Returns false if it is none, or to no question.
