@@ -3,7 +3,6 @@
  * Inline functions as functions that Rust can call, one line each, and the module parameter, which `module!`
  * of the kernel crate cannot make visible in sysfs.
  */
-#include <linux/err.h>
 #include <linux/module.h>
 #include <linux/moduleparam.h>
 #include <linux/ptp_clock_kernel.h>
@@ -19,11 +18,6 @@ MODULE_PARM_DESC(timesync_implicit,
 u64 timesync_helper_reference_counter(void)
 {
 	return hv_read_reference_counter();
-}
-
-bool timesync_helper_is_err_or_null(const void *ptr)
-{
-	return IS_ERR_OR_NULL(ptr);
 }
 
 void timesync_helper_read_prets(struct ptp_system_timestamp *sts)

@@ -8,7 +8,6 @@
 struct ptp_system_timestamp;
 
 u64 timesync_helper_reference_counter(void);
-bool timesync_helper_is_err_or_null(const void *ptr);
 void timesync_helper_read_prets(struct ptp_system_timestamp *sts);
 void timesync_helper_read_postts(struct ptp_system_timestamp *sts);
 

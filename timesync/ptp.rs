@@ -17,7 +17,10 @@ use core::{
 use kernel::{
     bindings,
     device,
-    error::from_result,
+    error::{
+        from_err_ptr,
+        from_result, //
+    },
     ffi,
     module::this_module,
     prelude::*,
@@ -60,7 +63,7 @@ impl<T: Clock> Registration<T> {
     ///
     /// # Errors
     ///
-    /// `ENOMEM`.
+    /// `ENOMEM`, or what the kernel says.
     pub(crate) fn new(
         parent: &device::Device<device::Bound>,
         name: &CStr,
@@ -88,21 +91,21 @@ impl<T: Clock> Registration<T> {
         // the driver, which does that before it lets go of the device.
         let ptp = unsafe { raw::ptp_clock_register(&raw mut (*inner).info, parent.cast()) };
 
-        // SAFETY: Any pointer can be asked about.
-        if unsafe { raw::timesync_helper_is_err_or_null(ptp.cast()) } {
-            // SAFETY: The box was given up above, and nobody else has it.
-            drop(unsafe { KBox::from_raw(inner) });
-            return if ptp.is_null() { Ok(None) } else { Err(ENOMEM) };
-        }
+        let ptp = match from_err_ptr(ptp).map(NonNull::new) {
+            Ok(Some(ptp)) => ptp,
+            failed => {
+                // SAFETY: The box was given up above, and nobody else has it.
+                drop(unsafe { KBox::from_raw(inner) });
+                return failed.map(|_| None);
+            }
+        };
 
         // INVARIANT: The clock was registered just now.
-        // SAFETY: Neither pointer is null.
-        Ok(Some(unsafe {
-            Self {
-                inner: NonNull::new_unchecked(inner),
-                ptp: NonNull::new_unchecked(ptp),
-                _owns: PhantomData,
-            }
+        Ok(Some(Self {
+            // SAFETY: The pointer of a box is not null.
+            inner: unsafe { NonNull::new_unchecked(inner) },
+            ptp,
+            _owns: PhantomData,
         }))
     }
 
