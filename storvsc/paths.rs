@@ -31,6 +31,7 @@ use kernel::{
 };
 use vmbus::{
     Channel,
+    Counter,
     OpenChannel,
     RcuArc, //
 };
@@ -38,23 +39,6 @@ use vmbus::{
 /// Time between two looks at whether all channels have come.
 const STEP: Delta = Delta::from_millis(5);
 const STEP_MS: u32 = 5;
-
-/// A counter of what a channel did.
-struct Counter(Atomic<u64>);
-
-impl Counter {
-    const fn new() -> Self {
-        Self(Atomic::new(0))
-    }
-
-    fn count(&self) {
-        self.0.add(1, Relaxed);
-    }
-
-    fn get(&self) -> u64 {
-        self.0.load(Relaxed)
-    }
-}
 
 /// What was done over the channels that had one index.
 struct Counters {
