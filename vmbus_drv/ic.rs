@@ -101,7 +101,7 @@ struct Session<A: Actor> {
 impl<A: Actor> Session<A> {
     fn reject(&self, why: Malformed) {
         self.rejected.count();
-        if log::is_allowed() {
+        if log::may_log() {
             dev_warn!(
                 self.device,
                 "{}: message dropped: {}\n",
@@ -123,13 +123,13 @@ impl<A: Actor> Session<A> {
 
     fn negotiated(&self, event: &Event<<A::Service as Service>::Event>) {
         match event {
-            Event::Negotiated(agreed) if log::is_news_allowed() => dev_info!(
+            Event::Negotiated(agreed) if log::may_tell() => dev_info!(
                 self.device,
                 "{} IC version {}\n",
                 A::TITLE,
                 Show(agreed.message)
             ),
-            Event::NoCommonVersion if log::is_allowed() => dev_warn!(
+            Event::NoCommonVersion if log::may_log() => dev_warn!(
                 self.device,
                 "{}: the host knows none of our versions\n",
                 A::TITLE
@@ -180,7 +180,7 @@ impl<A: Actor> Handler for Session<A> {
     }
 
     fn on_error(&self, _channel: &Channel) {
-        if log::is_allowed() {
+        if log::may_log() {
             dev_err!(self.device, "{}: the host has damaged the ring\n", A::TITLE);
         }
     }

@@ -16,14 +16,14 @@ impl<T: core::fmt::Display> fmt::Display for Show<T> {
 }
 
 /// Whether one more complaint about what the host does is all right now. Any context.
-pub fn is_allowed() -> bool {
+pub fn may_log() -> bool {
     // SAFETY: Always safe to call, from any context.
     unsafe { raw::vmbus_helper_ratelimit() }
 }
 
-/// As [`is_allowed`], for what is in order but up to the host. Modules that are loaded again and
+/// As [`may_log`], for what is in order but up to the host. Modules that are loaded again and
 /// again leave no room for complaints otherwise. Any context.
-pub fn is_news_allowed() -> bool {
+pub fn may_tell() -> bool {
     // SAFETY: Always safe to call, from any context.
     unsafe { raw::vmbus_helper_ratelimit_news() }
 }
@@ -31,7 +31,7 @@ pub fn is_news_allowed() -> bool {
 /// As `pr_warn!`, but not too often.
 macro_rules! warn_limited {
     ($($arg:tt)*) => {
-        if $crate::log::is_allowed() {
+        if $crate::log::may_log() {
             ::kernel::pr_warn!($($arg)*);
         }
     };
@@ -41,7 +41,7 @@ pub(crate) use warn_limited;
 /// As `pr_err!`, but not too often.
 macro_rules! err_limited {
     ($($arg:tt)*) => {
-        if $crate::log::is_allowed() {
+        if $crate::log::may_log() {
             ::kernel::pr_err!($($arg)*);
         }
     };

@@ -72,8 +72,8 @@ pub use self::{
         IdTable, //
     },
     log::{
-        is_allowed as may_log,
-        is_news_allowed as may_tell,
+        may_log,
+        may_tell,
         Show, //
     },
     memory::SharedBuffer,
