@@ -156,7 +156,7 @@ impl Synic {
     }
 
     /// Frees the slot and, if more messages wait for it, says so to the hypervisor. Runs on the CPU
-    /// itself.
+    /// itself: on another one, the hypervisor does not hear it.
     pub(crate) fn end_of_message(&self, message: &HvMessage) {
         let Some(word) = self.message_type() else {
             return;

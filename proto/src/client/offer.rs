@@ -133,8 +133,8 @@ pub struct KnownChannel {
 pub enum Placement {
     /// A new device.
     Primary,
-    /// A new device, but its former self, with this channel, has not quite gone: take the offer
-    /// up again when that channel is released.
+    /// A new device, but its former self, with this channel, has not quite gone: it must not be
+    /// made before that is.
     PrimaryAfter(ChannelId),
     /// One more channel for the device that has this primary channel.
     Subchannel {
