@@ -537,8 +537,7 @@ impl Channel {
         if self.is_rescinded() {
             return Err(ENODEV);
         }
-        let old = self.target_cpu();
-        if old == new {
+        if self.target_cpu() == new {
             return Ok(());
         }
         let version = self.version();
@@ -568,16 +567,6 @@ impl Channel {
             self.connection.post(&message)?;
         }
         self.target_cpu.store(new, Relaxed);
-
-        let guard = rcu::read_lock();
-        let handler = self
-            .opened
-            .get(&guard)
-            .map(|opened| opened.handler().clone());
-        drop(guard);
-        if let Some(handler) = handler {
-            handler.on_target_cpu_changed(self, old, new);
-        }
         // A signal may have gone to the old CPU's page while it was on its way out.
         if let Some(this) = self.connection.channel(self.id()) {
             this.schedule_receive();

@@ -65,11 +65,6 @@ impl<Ctx: device::DeviceContext> Device<Ctx> {
         unsafe { &(*self.as_raw()).channel }
     }
 
-    /// What kind of device this is.
-    pub fn class_id(&self) -> Guid {
-        self.channel().offer().interface_id
-    }
-
     /// Which device of its kind this is. The host keeps the number over restarts of the guest.
     pub fn instance_id(&self) -> Guid {
         self.channel().offer().instance_id

@@ -118,21 +118,6 @@ int vmbus_helper_cpu_node(u32 cpu)
 	return cpu_to_node(cpu);
 }
 
-u32 vmbus_helper_first_online_node(void)
-{
-	return first_online_node;
-}
-
-u32 vmbus_helper_next_online_node(u32 node)
-{
-	return next_online_node(node);
-}
-
-u32 vmbus_helper_nr_node_ids(void)
-{
-	return nr_node_ids;
-}
-
 u32 vmbus_helper_current_cpu(void)
 {
 	return raw_smp_processor_id();
@@ -235,11 +220,6 @@ struct workqueue_struct *vmbus_helper_alloc_bh_queue(const char *name)
 int vmbus_helper_set_dev_name(struct device *dev, const char *name)
 {
 	return dev_set_name(dev, "%s", name);
-}
-
-bool vmbus_helper_dev_has_override(struct device *dev)
-{
-	return device_has_driver_override(dev);
 }
 
 int vmbus_helper_dev_match_override(struct device *dev, const struct device_driver *drv)

@@ -36,9 +36,6 @@ bool vmbus_helper_cpu_online(u32 cpu);
 bool vmbus_helper_cpu_present(u32 cpu);
 bool vmbus_helper_cpu_housekeeping(u32 cpu);
 int vmbus_helper_cpu_node(u32 cpu);
-u32 vmbus_helper_first_online_node(void);
-u32 vmbus_helper_next_online_node(u32 node);
-u32 vmbus_helper_nr_node_ids(void);
 u32 vmbus_helper_current_cpu(void);
 void vmbus_helper_on_each_cpu(void (*func)(void *info), void *info);
 int vmbus_helper_cpuhp_setup_cpuslocked(const char *name, int (*online)(unsigned int cpu),
@@ -66,7 +63,6 @@ struct workqueue_struct *vmbus_helper_alloc_bh_queue(const char *name);
 
 /* Driver model */
 int vmbus_helper_set_dev_name(struct device *dev, const char *name);
-bool vmbus_helper_dev_has_override(struct device *dev);
 int vmbus_helper_dev_match_override(struct device *dev, const struct device_driver *drv);
 int vmbus_helper_add_modalias(struct kobj_uevent_env *env, const char *modalias);
 void vmbus_helper_set_node(struct device *dev, int node);

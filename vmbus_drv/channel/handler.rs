@@ -69,24 +69,18 @@ pub trait Handler: Send + Sync + 'static {
     /// here; no packet comes any more, and sending fails with `ENODEV`.
     ///
     /// Process context, may sleep. Called at most once, possibly before [`Channel::open`] has
-    /// returned (which then fails). Must not drop the channel's [`OpenChannel`], nor wait for the
-    /// one who does.
+    /// returned, which may succeed all the same. Must not drop the channel's [`OpenChannel`], nor
+    /// wait for the one who does, nor for the one who opens it.
     fn on_rescind(&self, channel: &Channel) {
         let _ = channel;
     }
 
     /// The host has damaged the ring. No packet comes any more, and sending fails with `EIO`.
     ///
-    /// Process context, may sleep. Called at most once.
+    /// Process context, may sleep. Called at most once. As in [`Handler::on_rescind`], the
+    /// [`OpenChannel`] must not be dropped.
     fn on_error(&self, channel: &Channel) {
         let _ = channel;
-    }
-
-    /// The host's signals come to another CPU from now on.
-    ///
-    /// Process context, may sleep, but must not open or close a channel.
-    fn on_target_cpu_changed(&self, channel: &Channel, old: u32, new: u32) {
-        let _ = (channel, old, new);
     }
 }
 

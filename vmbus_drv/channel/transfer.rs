@@ -184,23 +184,15 @@ impl Channel {
         self.send_with(|ring| ring.write(Header::in_band(request_id, completion), payload))
     }
 
-    /// Sends a packet with a range of guest memory that the host may read and write until it has
+    /// Sends a packet with ranges of guest memory that the host may read and write until it has
     /// answered. The answer repeats `request_id`.
     ///
     /// Any context.
     ///
     /// # Errors
     ///
-    /// As [`Channel::send`]; `EINVAL` if the number of pages does not fit the length.
-    pub fn send_gpa(&self, range: &PageRange<'_>, payload: &[u8], request_id: u64) -> Result {
-        self.send_gpa_ranges(core::slice::from_ref(range), payload, request_id)
-    }
-
-    /// As [`Channel::send_gpa`], with several ranges.
-    ///
-    /// # Errors
-    ///
-    /// As [`Channel::send_gpa`]; `EINVAL` if there is no range.
+    /// As [`Channel::send`]; `EINVAL` if there is no range, or the number of pages of one does not
+    /// fit its length.
     pub fn send_gpa_ranges(
         &self,
         ranges: &[PageRange<'_>],
@@ -212,12 +204,12 @@ impl Channel {
         })
     }
 
-    /// As [`Channel::send_gpa`], with the frame numbers from an iterator: they go straight into the
-    /// ring. There must be exactly as many as the range touches pages.
+    /// As [`Channel::send_gpa_ranges`], with one range and its frame numbers from an iterator: they go
+    /// straight into the ring. There must be exactly as many as the range touches pages.
     ///
     /// # Errors
     ///
-    /// As [`Channel::send_gpa`].
+    /// As [`Channel::send_gpa_ranges`].
     pub fn send_gpa_iter(
         &self,
         byte_count: u32,
@@ -278,13 +270,6 @@ impl Channel {
             }
             Err(_) => Err(EINVAL),
         }
-    }
-
-    /// Free bytes in the ring to the host; 0 if the channel is not open.
-    pub fn send_space(&self) -> u32 {
-        self.ring(true)
-            .and_then(|ring| ring.writable)
-            .unwrap_or_default()
     }
 
     /// Size of the data area of the ring to the host in bytes; 0 if the channel is not open.
