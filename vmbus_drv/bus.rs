@@ -83,8 +83,12 @@ impl RawDriver {
 
     /// The table's entry that fits a device; the first one if an administrator says that the driver
     /// fits.
-    fn find(&self, dev: *mut bindings::device) -> Option<&raw::hv_vmbus_device_id> {
-        // SAFETY: `dev` is a device of the bus, and `self.driver` is registered or about to be.
+    ///
+    /// # Safety
+    ///
+    /// `dev` must be a valid device of this bus.
+    unsafe fn find(&self, dev: *mut bindings::device) -> Option<&raw::hv_vmbus_device_id> {
+        // SAFETY: By the safety requirements; `self.driver` is registered or about to be.
         let (forced, class) = unsafe {
             let forced = raw::vmbus_helper_dev_match_override(dev, &raw const self.driver);
             (forced, device::channel_of(dev).offer().interface_id)
@@ -179,8 +183,9 @@ extern "C" fn match_device(
     driver: *const bindings::device_driver,
 ) -> c_int {
     // SAFETY: The driver core asks for devices and drivers of this bus.
-    let driver = unsafe { RawDriver::from_driver(driver) };
-    driver.find(dev).is_some().into()
+    unsafe { RawDriver::from_driver(driver).find(dev) }
+        .is_some()
+        .into()
 }
 
 extern "C" fn probe(dev: *mut bindings::device) -> c_int {
@@ -193,7 +198,9 @@ extern "C" fn probe(dev: *mut bindings::device) -> c_int {
     };
     // SAFETY: As above.
     channel.make_directories(Some(unsafe { kernel::device::Device::from_raw(dev) }));
-    let (Some(id), Some(probe)) = (driver.find(dev), driver.probe) else {
+    // SAFETY: As above.
+    let id = unsafe { driver.find(dev) };
+    let (Some(id), Some(probe)) = (id, driver.probe) else {
         return ENODEV.to_errno();
     };
     // SAFETY: `dev` is in a `RawDevice`, and `id` is of the driver's own table.

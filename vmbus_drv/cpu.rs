@@ -17,7 +17,8 @@ use kernel::{
         c_uint,
         c_void, //
     },
-    prelude::*, //
+    prelude::*,
+    types::NotThreadSafe, //
 };
 
 /// The CPU to which the host sends its messages, and which can not go offline while the bus is
@@ -68,15 +69,15 @@ pub(crate) fn vp_index(cpu: u32) -> VpIndex {
     }
 }
 
-/// While this value exists, no CPU comes or goes.
-pub(crate) struct HotplugLock(());
+/// While this value exists, no CPU comes or goes. The thread that took the lock gives it back.
+pub(crate) struct HotplugLock(NotThreadSafe);
 
 impl HotplugLock {
     /// Takes the lock for reading; sleeps.
     pub(crate) fn read() -> Self {
         // SAFETY: Always safe to call from process context.
         unsafe { bindings::cpus_read_lock() };
-        Self(())
+        Self(NotThreadSafe)
     }
 }
 

@@ -59,16 +59,16 @@ pub(crate) fn max_version() -> u32 {
     unsafe { raw::vmbus_helper_max_version() }
 }
 
-/// Reads a register of the hypervisor on this CPU.
+/// Reads a register of the hypervisor on this CPU. Only `synic` calls it.
 pub(crate) fn read_register(msr: u32) -> u64 {
-    // SAFETY: The register numbers are those of the SynIC, which Hyper-V guests can always read.
+    // SAFETY: `synic` passes registers of the SynIC only, which Hyper-V guests can always read.
     unsafe { raw::hv_get_msr(msr) }
 }
 
-/// Writes a register of the hypervisor on this CPU.
+/// Writes a register of the hypervisor on this CPU. Only `synic` calls it.
 pub(crate) fn write_register(msr: u32, value: u64) {
-    // SAFETY: The register numbers are those of the SynIC, which Hyper-V guests can always write;
-    // the pages that are named in values are owned by `synic::Cpu`, which outlives their use.
+    // SAFETY: `synic` passes registers of the SynIC only, which Hyper-V guests can always write. The
+    // pages that are named in values are those of a `Synic`, which are taken back before it goes.
     unsafe { raw::hv_set_msr(msr, value) }
 }
 

@@ -113,18 +113,22 @@ impl Drop for SharedPage {
 ///
 /// # Invariants
 ///
-/// `address` is the start of a mapping of `len` bytes, all of them pages of `self.pages`.
+/// `address` is the start of a mapping of `len` bytes, all of them pages that exist for as long.
 struct Mapping {
     address: NonNull<u8>,
     len: usize,
 }
 
 impl Mapping {
-    /// Maps `pages`; may sleep. The caller keeps the pages until the mapping is gone.
-    fn new(pages: &mut [*mut bindings::page]) -> Result<Self> {
+    /// Maps `pages`; may sleep.
+    ///
+    /// # Safety
+    ///
+    /// The pages must be valid until the mapping is gone.
+    unsafe fn new(pages: &mut [*mut bindings::page]) -> Result<Self> {
         let count = u32::try_from(pages.len())?;
 
-        // SAFETY: `pages` is an array of `count` valid pages.
+        // SAFETY: `pages` is an array of `count` pages, which are valid by the safety requirements.
         let address = unsafe { raw::vmbus_helper_vmap(pages.as_mut_ptr(), count) };
 
         // INVARIANT: `vmap` maps all the pages.
@@ -251,7 +255,8 @@ impl SharedBuffer {
             list.push(page.as_ptr(), GFP_KERNEL)?;
         }
         Ok(Self {
-            mapping: Mapping::new(&mut list)?,
+            // SAFETY: The pages are freed after the mapping: that is how the fields are ordered.
+            mapping: unsafe { Mapping::new(&mut list) }?,
             pages,
         })
     }
@@ -358,7 +363,11 @@ pub(crate) struct RingMapping {
 
 impl RingMapping {
     /// Maps `pages`: the control page first, then the data.
-    fn new(pages: &[Page]) -> Result<Self> {
+    ///
+    /// # Safety
+    ///
+    /// The pages must be valid until the mapping is gone.
+    unsafe fn new(pages: &[Page]) -> Result<Self> {
         let (_, data) = pages.split_first().ok_or(EINVAL)?;
         let mut list = KVVec::new();
         for page in Iterator::chain(pages.iter(), data) {
@@ -366,7 +375,8 @@ impl RingMapping {
         }
         let data_len = data.len().checked_mul(PAGE_SIZE).ok_or(EOVERFLOW)?;
         Ok(Self {
-            mapping: Mapping::new(&mut list)?,
+            // SAFETY: By the safety requirements.
+            mapping: unsafe { Mapping::new(&mut list) }?,
             data_len: u32::try_from(data_len)?,
         })
     }
@@ -435,8 +445,10 @@ impl RingPair {
         let pages = Pages::new(send_pages.checked_add(receive_pages).ok_or(EOVERFLOW)?)?;
         let (first, second) = pages.0.split_at_checked(send_pages).ok_or(EINVAL)?;
         let rings = Self {
-            outgoing: RingMapping::new(first)?,
-            incoming: RingMapping::new(second)?,
+            // SAFETY: The pages are freed after the mappings: that is how the fields are ordered.
+            outgoing: unsafe { RingMapping::new(first) }?,
+            // SAFETY: As above.
+            incoming: unsafe { RingMapping::new(second) }?,
             outgoing_pages: u32::try_from(send_pages)?,
             pages,
         };

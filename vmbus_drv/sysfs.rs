@@ -117,13 +117,18 @@ extern "C" fn show_device_file<F: DeviceFiles>(
     let file = unsafe { (*container_of!(attr, DeviceFile<F>, raw)).file };
     // SAFETY: Such files are those of devices of the bus, and sysfs keeps the device meanwhile.
     let channel = unsafe { device::channel_of(dev) };
-    show(buf, |out| file.show(channel, out))
+    // SAFETY: The buffer is that of sysfs.
+    unsafe { show(buf, |out| file.show(channel, out)) }
 }
 
 /// Calls `f` with the buffer of a sysfs read, and returns what sysfs wants to know.
-fn show(buf: *mut c_char, f: impl FnOnce(&mut Contents<'_>) -> Result) -> isize {
-    // SAFETY: sysfs passes a zeroed buffer of one page, and nobody else uses it. Its last byte stays
-    // zero: a full page is a mistake for sysfs.
+///
+/// # Safety
+///
+/// `buf` must be the buffer that sysfs passes: one page, zeroed, and used by nobody else.
+unsafe fn show(buf: *mut c_char, f: impl FnOnce(&mut Contents<'_>) -> Result) -> isize {
+    // SAFETY: By the safety requirements. The last byte stays zero: a full page is a mistake for
+    // sysfs.
     let buf = unsafe { core::slice::from_raw_parts_mut(buf.cast::<u8>(), PAGE_SIZE - 1) };
     let mut out = Contents::new(buf);
     from_result(|| {
@@ -253,7 +258,8 @@ extern "C" fn show_channel_file<F: ChannelFiles>(
     let file = unsafe { (*container_of!(attr, ChannelFile<F>, raw)).file };
     // SAFETY: Such files are those of channels, and sysfs keeps the kobject meanwhile.
     let channel = unsafe { device::channel_of_directory(kobj) };
-    show(buf, |out| file.show(channel, out))
+    // SAFETY: The buffer is that of sysfs.
+    unsafe { show(buf, |out| file.show(channel, out)) }
 }
 
 extern "C" fn store_channel_file<F: ChannelFiles>(
