@@ -370,10 +370,12 @@ impl Connection {
     }
 
     pub(crate) fn next_gpadl_id(&self) -> GpadlId {
+        let mut id = self.next_gpadl.load(Relaxed);
         loop {
-            let id = self.next_gpadl.fetch_add(1, Relaxed);
-            if id != 0 {
-                return GpadlId::new(id);
+            let this = GpadlId::new(id);
+            match self.next_gpadl.cmpxchg(id, this.next().get(), Relaxed) {
+                Ok(_) => return this,
+                Err(now) => id = now,
             }
         }
     }
