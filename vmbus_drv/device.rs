@@ -237,7 +237,8 @@ impl ChannelsDirectory {
         // CAST: `device::Device` is a transparent wrapper of `struct device`.
         let dev: *mut bindings::device = core::ptr::from_ref(device).cast_mut().cast();
 
-        // SAFETY: `dev` is registered, so its `kobj` can be a parent.
+        // SAFETY: `dev` is a valid device, so its `kobj` can be a parent. This fails if it is not
+        // registered.
         let kset = unsafe {
             bindings::kset_create_and_add(
                 c"channels".as_char_ptr(),
