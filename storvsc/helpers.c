@@ -5,7 +5,6 @@
  */
 #include <linux/cpumask.h>
 #include <linux/dma-mapping.h>
-#include <linux/sched/mm.h>
 #include <linux/topology.h>
 #include <scsi/scsi_cmnd.h>
 #include <scsi/scsi_devinfo.h>
@@ -51,14 +50,4 @@ void storvsc_helper_set_min_align(struct device *dev, u32 mask)
 u32 storvsc_helper_online_cpus(void)
 {
 	return num_online_cpus();
-}
-
-unsigned int storvsc_helper_noio_save(void)
-{
-	return memalloc_noio_save();
-}
-
-void storvsc_helper_noio_restore(unsigned int flags)
-{
-	memalloc_noio_restore(flags);
 }

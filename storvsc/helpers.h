@@ -13,8 +13,6 @@ void *storvsc_helper_shost_priv(struct Scsi_Host *shost);
 void *storvsc_helper_scsi_cmd_priv(struct scsi_cmnd *cmd);
 u32 storvsc_helper_cpu_node(u32 cpu);
 u32 storvsc_helper_online_cpus(void);
-unsigned int storvsc_helper_noio_save(void);
-void storvsc_helper_noio_restore(unsigned int flags);
 void storvsc_helper_set_min_align(struct device *dev, u32 mask);
 u32 storvsc_helper_unique_tag(struct scsi_cmnd *cmd);
 u64 storvsc_helper_modern_bflags(void);

@@ -11,8 +11,8 @@
 //! * [`inflight`]: the commands that the host has;
 //! * [`paths`]: the channels, and which one a command takes; [`presence`]: whether they can be used;
 //! * [`control`]: the driver's own requests; [`luns`]: what waits to be done about units;
-//! * [`scsi`]: the abstraction of the kernel's SCSI host interface; `unsafe` code is only there, in
-//!   [`params`], the module parameters, and in [`noio`].
+//! * [`scsi`]: the abstraction of the kernel's SCSI host interface; `unsafe` code is only there and in
+//!   [`params`], the module parameters.
 //!
 //! It uses the crates `kernel`, `hv_proto` and `vmbus`; nothing uses it.
 //!
@@ -40,7 +40,6 @@ mod controller;
 mod inflight;
 mod log;
 mod luns;
-mod noio;
 mod params;
 mod paths;
 mod presence;

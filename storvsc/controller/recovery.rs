@@ -14,7 +14,6 @@ use super::{
     Io, //
 };
 use crate::{
-    noio::NoIo,
     params,
     scsi::{
         HostByte,
@@ -41,6 +40,7 @@ use kernel::{
         Delta, //
     }, //
 };
+use vmbus::NoIo;
 
 /// Time between two tries to attach to a host that does not answer, in milliseconds.
 pub(super) const RETRY_TIME: u32 = 5_000;
