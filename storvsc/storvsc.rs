@@ -19,9 +19,9 @@
 //! What a user can rely on: every command that is given to this driver ends, once, with the host's
 //! answer or with an error. Time limits: a command has `request_timeout` seconds, `1 +
 //! timeout_extensions` times; then the controller is reset, for which the host has `host_timeout`
-//! seconds; then the channels are closed, for which it has 30 seconds each; then all commands fail, and
-//! later ones at once, until the host shakes hands again, which it is asked for every few seconds. A
-//! controller that is rescinded fails them at once. Disks whose commands failed so are offline for the
+//! seconds; then the channels are closed, for which it has 30 seconds, and one more for each further
+//! channel; then all commands fail, and later ones at once, until the host shakes hands again, which it
+//! is asked for every few seconds. A controller that is rescinded fails them at once. Disks whose commands failed so are offline for the
 //! kernel; when the host is back, `echo running > /sys/block/sdX/device/state` brings them back. When the
 //! host has damaged a ring, the channels are opened anew, and commands wait meanwhile.
 //!
