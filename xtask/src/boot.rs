@@ -255,7 +255,10 @@ pub fn run(cache: &Cache, boot: &BootArgs) -> Result<u8> {
         keep,
         ..l1
     };
-    let mut command = vec![own_program()?, "guest".to_owned()];
+    let mut command = vec![
+        crate::program().to_string_lossy().into_owned(),
+        "guest".to_owned(),
+    ];
     command.extend(guest.to_arguments());
     l1.run(&Job {
         command,
@@ -264,11 +267,6 @@ pub fn run(cache: &Cache, boot: &BootArgs) -> Result<u8> {
         input: interactive,
         raw: interactive,
     })
-}
-
-fn own_program() -> Result<String> {
-    let path = std::env::current_exe().context("cannot find this program's file")?;
-    Ok(path.to_string_lossy().into_owned())
 }
 
 /// Our environment, for a command in the L1 VM.
@@ -323,7 +321,7 @@ pub struct L1Args {
 /// When our own program cannot be found.
 pub fn l1_command(l1: &L1) -> Result<Vec<String>> {
     let mut command = vec![
-        own_program()?,
+        crate::program().to_string_lossy().into_owned(),
         "l1".to_owned(),
         format!("--qemu={}", l1.qemu.root().display()),
         format!("--kernel={}", l1.kernel.display()),

@@ -31,6 +31,7 @@ use std::{
     fmt,
     path::{Path, PathBuf},
     process::ExitCode,
+    sync::OnceLock,
 };
 
 use anyhow::Result;
@@ -54,6 +55,14 @@ impl std::error::Error for Unmet {}
 pub fn checkout() -> PathBuf {
     let here = Path::new(env!("CARGO_MANIFEST_DIR"));
     here.parent().unwrap_or(here).to_owned()
+}
+
+/// This program's file. It is asked for at the start: while the program runs, cargo may put a new one in its place.
+pub fn program() -> PathBuf {
+    static PROGRAM: OnceLock<PathBuf> = OnceLock::new();
+    // Without /proc nothing else works either.
+    let find = || std::env::current_exe().unwrap_or_default();
+    PROGRAM.get_or_init(find).clone()
 }
 
 /// Processors that we may use.
@@ -128,6 +137,7 @@ impl KernelArgs {
 }
 
 fn main() -> ExitCode {
+    program();
     let cli = Cli::parse();
     match run(&cli) {
         Ok(code) => code,

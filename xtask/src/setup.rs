@@ -179,7 +179,7 @@ impl Ready {
             self.debian.clone(),
             self.kernel.source(),
         ];
-        paths.extend(std::env::current_exe().ok());
+        paths.push(crate::program());
         paths
     }
 
