@@ -101,6 +101,7 @@ impl Piece<'_> {
     }
 }
 
+/// Number of fragments of a packet, which is up to the kernel's configuration.
 const fn frags<const N: usize>(_: fn(&raw_info) -> &[bindings::skb_frag_t; N]) -> usize {
     N
 }

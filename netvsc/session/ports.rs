@@ -44,6 +44,16 @@ struct Port {
     open: OpenChannel,
 }
 
+impl Port {
+    /// Closes the channel. Says whether the host has let go of what it was given. Sleeps.
+    fn close(self) -> bool {
+        let channel = self.open.channel().clone();
+        let lost = channel.lost_memory();
+        drop(self);
+        channel.lost_memory() == lost
+    }
+}
+
 /// The open channels.
 #[pin_data]
 pub(super) struct Ports {
@@ -118,13 +128,7 @@ impl Ports {
     /// is not open. Sleeps.
     pub(super) fn close(&self, index: usize) -> bool {
         let port = self.list.lock().get_mut(index).and_then(Option::take);
-        let Some(port) = port else {
-            return true;
-        };
-        let channel = port.open.channel().clone();
-        let lost = channel.lost_memory();
-        drop(port);
-        channel.lost_memory() == lost
+        port.is_none_or(Port::close)
     }
 
     /// Number of channels that are open one after the other, from the first on.
@@ -177,9 +181,7 @@ impl SubchannelHandler for Subchannels {
         let Some(port) = port else {
             return;
         };
-        let lost = channel.lost_memory();
-        drop(port);
-        let let_go = channel.lost_memory() == lost;
+        let let_go = port.close();
         if let Some(queue) = self.queues.get(index) {
             queue.cancel_all(&self.link, let_go);
             // The first queue sends for it from now on.

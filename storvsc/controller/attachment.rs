@@ -51,7 +51,8 @@ const SUBCHANNEL_TIME: u32 = 10_000;
 const RETURN_TIME: u32 = 5_000;
 
 /// What keeps a controller attached, besides its open channels. Who holds the lock around it attaches
-/// or detaches, or must not be disturbed by that.
+/// or detaches, or must not be disturbed by that. It is held while the host is waited for, with a time
+/// limit; nobody takes it who serves commands or answers.
 pub(super) type Attachment = Option<SubchannelRegistration>;
 
 /// The driver's side of one channel.
@@ -204,7 +205,7 @@ impl Controller {
             let handler = Arc::new(Subchannels(self.clone()), GFP_KERNEL)?;
             *attachment = Some(self.paths.primary().set_subchannel_handler(handler)?);
             let usable = self.paths.wait(wanted, SUBCHANNEL_TIME);
-            if usable < wanted {
+            if usable < wanted && self.limit.allows() {
                 dev_warn!(self.dev, "only {} of {} channels came\n", usable, wanted);
             }
         }

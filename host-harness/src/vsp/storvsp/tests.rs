@@ -475,8 +475,8 @@ fn disks_come_and_go() {
     assert!(rig.storage.remove_disk("second").is_err());
 }
 
-#[test]
-fn the_removal_of_a_disk_holds_up_nothing_else() {
+/// A controller with a command, number 10, that has begun and does not get on.
+fn with_a_command_that_runs() -> (Rig, FakeChannel) {
     let mut rig = Rig::with_disk();
     let mut channel = rig.open();
     rig.storage.stall("scsi0", Stall::Running).expect("stall");
@@ -486,6 +486,13 @@ fn the_removal_of_a_disk_holds_up_nothing_else() {
         assert!(Instant::now() < deadline);
         std::thread::sleep(NEVER);
     }
+    (rig, channel)
+}
+
+#[test]
+fn the_removal_of_a_disk_holds_up_nothing_else() {
+    let (rig, _channel) = with_a_command_that_runs();
+    let deadline = Instant::now() + SOON;
     std::thread::scope(|scope| {
         let removal = scope.spawn(|| rig.storage.remove_disk("disk0"));
         while !rig.storage.disks().is_empty() {
@@ -605,15 +612,7 @@ fn a_stalled_controller_can_be_reset() {
 
 #[test]
 fn a_close_waits_for_a_command_that_runs() {
-    let mut rig = Rig::with_disk();
-    let mut channel = rig.open();
-    rig.storage.stall("scsi0", Stall::Running).expect("stall");
-    channel.send(10, command(unit(0), &TEST_UNIT_READY).as_bytes());
-    let deadline = Instant::now() + SOON;
-    while rig.controller().counters.running == 0 {
-        assert!(Instant::now() < deadline);
-        std::thread::sleep(NEVER);
-    }
+    let (rig, mut channel) = with_a_command_that_runs();
     // A reset waits, and so do the end of the channel and the answer to the taking back of its memory.
     channel.send(20, VstorPacket::request(Operation::RESET_BUS).as_bytes());
     assert!(channel.receive_within(NEVER).is_none());
